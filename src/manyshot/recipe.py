@@ -1,0 +1,211 @@
+"""The recipe: one strict, frozen YAML file. Every default is stated here and nowhere else.
+
+Unknown keys fail with a suggestion, the file and the line, and all errors come at once (see recipe_file.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from manyshot.operators import OPERATORS, Metis, Operator
+
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+# folders of a run that a task of the same name would collide with
+RESERVED_TASK_NAMES = ("merged", "carried_adapter")
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskSpec(_Section):
+    """One task: where its examples are, how they are read, and what is measured on them."""
+
+    data: str | None = Field(None, description="Hub id, folder, json/jsonl/csv/parquet file, or demo:<family>")
+    train: str | None = Field(None, description="training examples, where they are a file of their own")
+    validation: str | None = Field(None, description="validation examples; cut from the training data when not given")
+    test: str | None = Field(None, description="test examples; cut from the training data when not given")
+    subset: str | None = Field(None, description="configuration name of a Hub data set")
+    metric: str = Field("exact_match", description="see `manyshot validate` for the list")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name: the name in the file")
+    format: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: strings become user and assistant turns of the chat template; plain: as they are"
+    )
+    system_prompt: str | None = Field(None, description="system turn of every example that has none")
+    max_new_tokens: Count | None = Field(None, description="overrides evaluation.max_new_tokens for this task")
+    rank: Count | None = Field(None, description="overrides local_update.rank for this task")
+    alpha: float | None = Field(None, gt=0, description="overrides local_update.alpha for this task")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> TaskSpec:
+        if (self.data is None) == (self.train is None):
+            raise PydanticCustomError("task_data", "give either 'data' or 'train' (with 'validation' and 'test')")
+        return self
+
+
+class Protocol(_Section):
+    """How often to merge. rounds: 1 is post-hoc merging."""
+
+    rounds: Count = Field(5, description="merging rounds R")
+    local_steps: Count = Field(50, description="optimizer steps per task, over all rounds")
+
+    @model_validator(mode="after")
+    def _a_step_per_round(self) -> Protocol:
+        if self.local_steps < self.rounds:
+            raise PydanticCustomError(
+                "starved",
+                "local_steps is {steps} for {rounds} rounds; every round needs at least one step per task",
+                {"steps": self.local_steps, "rounds": self.rounds},
+            )
+        return self
+
+    def steps_in_round(self, round_index: int) -> int:
+        """Steps of round 1..R; the first rounds take what does not divide evenly."""
+        even, rest = divmod(self.local_steps, self.rounds)
+        return even + (1 if round_index <= rest else 0)
+
+    def steps_before_round(self, round_index: int) -> int:
+        return sum(self.steps_in_round(earlier) for earlier in range(1, round_index))
+
+
+class Merge(_Section):
+    """Where and against what task vectors are merged."""
+
+    space: Literal["weights", "factors"] = Field(
+        "weights", description="weights: exact ΔW of every adapter; factors: A and B themselves (the released script)"
+    )
+    reference: Literal["pretrained", "start"] = Field(
+        "pretrained", description="pretrained: v = θ − Θ⁰ (the paper); start: v = θ − Θʳ⁻¹ (ATM)"
+    )
+    output_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the merged model's float tensors; as in the base when not given"
+    )
+
+
+class LocalUpdate(_Section):
+    """How one task fine-tunes from the round's start model."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 16
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = Field(False, description="scale by alpha/√rank instead of alpha/rank")
+    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="rank by module name pattern, as in PEFT")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha by module name pattern")
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    adapter_start: Literal["fresh", "averaged", "svd"] = Field(
+        "fresh", description="what a round's adapters start from; all are exact"
+    )
+    learning_rate: float = Field(3.0e-4, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    schedule_scope: Literal["round", "run"] = Field(
+        "round", description="round: the schedule starts anew every round; run: it decays once, over all rounds"
+    )
+    warmup_steps: int = Field(2, ge=0, description="in every round, since the optimizer restarts")
+    batch_size: Count = 8
+    micro_batch_size: Count | None = Field(None, description="examples at once; the rest is gradient accumulation")
+    max_length: Annotated[int, Field(ge=2)] = 512
+    loss_on: Literal["completion", "whole_text"] = "completion"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it, float32 on CPU"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    trainer: dict[str, Any] = Field(default_factory=dict, description="further arguments of TRL's SFTConfig")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> LocalUpdate:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise PydanticCustomError(
+                "micro_batch",
+                "batch_size {batch} is not a multiple of micro_batch_size {micro}",
+                {"batch": self.batch_size, "micro": micro},
+            )
+        return self
+
+
+class Evaluation(_Section):
+    """What is measured, and on how much."""
+
+    experts: bool = Field(True, description="train each task alone with the same total steps, for normalized scores")
+    post_hoc: bool = Field(False, description="also merge those experts once with the same operator, and score it")
+    validation_examples: Count = 100
+    test_examples: Count = 200
+    max_new_tokens: Count = 64
+    batch_size: Count = Field(32, description="examples at once; the same for every model that is compared")
+    loss_on: Literal["completion", "whole_text"] = "completion"
+
+
+def _operator_from_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _operator_union() -> Any:
+    union: Any = None
+    for operator in OPERATORS.values():
+        union = operator if union is None else union | operator
+    return Annotated[union, Field(discriminator="name"), BeforeValidator(_operator_from_name)]
+
+
+class Recipe(_Section):
+    """Everything a run depends on."""
+
+    model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
+    trust_remote_code: bool = Field(False, description="run Python code that a model repository brings along")
+    tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(min_length=1)
+    protocol: Protocol = Field(default_factory=Protocol)
+    operator: _operator_union() = Field(default_factory=Metis)  # type: ignore[valid-type]
+    merge: Merge = Field(default_factory=Merge)
+    local_update: LocalUpdate = Field(default_factory=LocalUpdate)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        problems = cross_problems(self)
+        if problems:
+            text = "; ".join(f"{key}: {message}" for key, message in problems)
+            raise PydanticCustomError("cross", "{text}", {"text": text, "problems": problems})
+        return self
+
+    @property
+    def method(self) -> Operator:
+        """The operator, typed."""
+        operator: Operator = self.operator
+        return operator
+
+    def rank_of(self, task: str) -> int:
+        return self.tasks[task].rank or self.local_update.rank
+
+    def alpha_of(self, task: str) -> float:
+        return self.tasks[task].alpha or self.local_update.alpha
+
+
+def cross_problems(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, message) for settings that are fine alone but not together."""
+    num_tasks, rounds = len(recipe.tasks), recipe.protocol.rounds
+    found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num_tasks, rounds)]
+    if num_tasks == 1:
+        found.append(("tasks", "only one task; merging needs at least two"))
+    for name in recipe.tasks:
+        if name.startswith(RESERVED_TASK_NAMES) or name.endswith(".partial"):
+            found.append((f"tasks.{name}", "this name is taken by a folder of the run"))
+    update = recipe.local_update
+    unlike = len({(recipe.rank_of(name), recipe.alpha_of(name)) for name in recipe.tasks}) > 1
+    shares_factors = recipe.merge.space == "factors" or update.adapter_start != "fresh"
+    if unlike and shares_factors:
+        found.append(("tasks", "tasks differ in rank or alpha; that needs space: weights and adapter_start: fresh"))
+    if update.method == "full" and shares_factors:
+        found.append(("local_update.method", "full needs space: weights and adapter_start: fresh (it has no adapters)"))
+    if recipe.merge.space == "factors" and recipe.merge.reference == "start":
+        found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
+    if recipe.merge.space == "factors" and update.adapter_start != "fresh":
+        found.append(("local_update.adapter_start", "space: factors always goes on from the merged factors; use fresh"))
+    if recipe.evaluation.post_hoc and not recipe.evaluation.experts:
+        found.append(("evaluation.post_hoc", "needs evaluation.experts: true, since it merges those experts"))
+    return found

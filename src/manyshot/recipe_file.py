@@ -1,0 +1,252 @@
+"""Recipe files: YAML and `key.sub=value` overrides in, a Recipe or one error with every problem out; YAML back out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from manyshot.errors import RecipeError, suggestion
+from manyshot.operators import OPERATORS
+from manyshot.recipe import Recipe, TaskSpec
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+PATH_KEYS = ("data", "train", "validation", "test")
+
+Key = tuple[str | int, ...]
+
+
+@dataclass
+class _Source:
+    """Where the raw values came from, to say file and line in an error."""
+
+    file: str
+    lines: dict[Key, int] = field(default_factory=dict)
+    overridden: set[Key] = field(default_factory=set)
+
+    def place(self, key: Key) -> str:
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.overridden:
+                return "command line"
+            if key[:length] in self.lines:
+                return f"{self.file}:{self.lines[key[:length]]}"
+        return self.file
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key.sub=value` overrides.
+
+    Raises RecipeError with one line per problem: file and line, key, what was found, what is allowed.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error})") from None
+    source = _Source(str(path))
+    problems = _scan(text, source)
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys; found {type(raw).__name__}")
+    return _build(raw, source, overrides, problems, path.resolve().parent)
+
+
+def recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from Python data; relative paths are seen from the current folder."""
+    return _build(dict(raw), _Source("recipe"), overrides, [], Path.cwd())
+
+
+def _build(raw: dict[str, Any], source: _Source, overrides: Sequence[str], problems: list[str], folder: Path) -> Recipe:
+    for override in overrides:
+        _apply_override(raw, override, source)
+    problems += _resolve_paths(raw, source, folder)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [line for details in error.errors(include_url=False) for line in _explain(details, raw, source)]
+        problems += _cross_problems_of_broken(raw, source, error)
+        recipe = None
+    if problems or recipe is None:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return recipe
+
+
+def _scan(text: str, source: _Source) -> list[str]:
+    """Note the line of every key, and report keys that stand twice (YAML would silently keep the last)."""
+    problems: list[str] = []
+
+    def walk(node: yaml.Node, key: Key) -> None:
+        source.lines.setdefault(key, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for name_node, value in node.value:
+                name, line = str(name_node.value), name_node.start_mark.line + 1
+                if name in seen:
+                    what = "two tasks have the same name" if key == ("tasks",) else "the same key twice"
+                    problems.append(
+                        f"{source.file}:{line}: {_dotted((*key, name))}: {what}; first on line {seen[name]}"
+                    )
+                seen.setdefault(name, line)
+                source.lines[(*key, name)] = line
+                walk(value, (*key, name))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                walk(item, (*key, i))
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return []  # safe_load says it better
+    if root is not None:
+        walk(root, ())
+    return problems
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _apply_override(raw: dict[str, Any], override: str, source: _Source) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"command line: '{override}' is not of the form key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: '{override}': the value is not valid YAML") from None
+    keys = dotted.split(".")
+    target = raw
+    for i, name in enumerate(keys[:-1]):
+        inner = target.setdefault(name, {})
+        if isinstance(inner, str) and keys[:-1] == ["operator"]:
+            inner = target[name] = {"name": inner}  # `operator: metis` is short for `operator: {name: metis}`
+        if not isinstance(inner, dict):
+            raise RecipeError(f"command line: '{override}': {_dotted(tuple(keys[: i + 1]))} is not a section")
+        target = inner
+    target[keys[-1]] = value
+    source.overridden.add(tuple(keys))
+
+
+def _resolve_paths(raw: dict[str, Any], source: _Source, folder: Path) -> list[str]:
+    """Make local paths absolute (seen from the recipe's folder, else the current one) and report missing ones."""
+    problems = []
+    for key, holder in _path_holders(raw):
+        value = holder[key[-1]]
+        if not isinstance(value, str) or value.startswith("demo:"):
+            continue
+        found = next(
+            (base / value for base in (folder, Path.cwd()) if (base / Path(value).expanduser()).exists()), None
+        )
+        if found is not None:
+            holder[key[-1]] = str((found.parent / found.name).expanduser().resolve())
+        elif _looks_local(value):
+            problems.append(f"{source.place(key)}: {_dotted(key)}: no such file or folder: {value}")
+    return problems
+
+
+def _path_holders(raw: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    if "model" in raw:
+        yield ("model",), raw
+    tasks = raw.get("tasks")
+    for name, spec in list(tasks.items()) if isinstance(tasks, dict) else []:
+        if isinstance(spec, dict):
+            tasks[name] = own = dict(spec)
+            yield from ((("tasks", name, key), own) for key in PATH_KEYS if key in own)
+
+
+def _looks_local(value: str) -> bool:
+    """A Hub id is `name` or `owner/name`; everything else is meant as a path."""
+    return (
+        value.startswith((".", "/", "~"))
+        or value.count("/") > 1
+        or value.endswith((*DATA_SUFFIXES, ".gguf", ".safetensors"))
+    )
+
+
+def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source) -> list[str]:
+    """One pydantic error as lines of `place: key: message`."""
+    if details["type"] == "cross":
+        found_problems = [(tuple(key.split(".")), text) for key, text in details["ctx"]["problems"]]
+        return [f"{source.place(key)}: {_dotted(key)}: {text}" for key, text in found_problems]
+    key = _real_key(details["loc"], raw)
+    kind, message = details["type"], details["msg"]
+    found = f", found {details['input']!r}" if isinstance(details["input"], str | int | float | bool) else ""
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw))}", ""
+    elif kind == "union_tag_invalid":
+        message, found = f"unknown operator '{details['ctx']['tag']}'{suggestion(details['ctx']['tag'], OPERATORS)}", ""
+    elif kind == "string_pattern_mismatch" and key[:1] == ("tasks",):
+        message, found = "a task name starts with a letter or digit and holds only letters, digits, '_', '-', '.'", ""
+    elif kind in ("starved", "micro_batch", "task_data"):
+        found = ""
+    return [f"{source.place(key)}: {_dotted(key)}: {message}{found}"]
+
+
+def _real_key(location: Sequence[str | int], raw: object) -> Key:
+    """Drop what pydantic adds to a location (union tags, '[key]') and keep what stands in the file."""
+    key: list[str | int] = []
+    node: Any = raw
+    for i, part in enumerate(location):
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            key.append(part)
+            node = node[part]
+        elif i == len(location) - 1 and part != "[key]" and isinstance(node, dict):
+            key.append(part)  # a missing key: name it
+    return tuple(key)
+
+
+def _allowed(section: Key, raw: dict[str, Any]) -> list[str]:
+    """The keys that a section of the recipe may have."""
+    if section == ("operator",):
+        name = raw["operator"].get("name")
+        return [field.name for field in dataclasses.fields(OPERATORS[name])]
+    if len(section) == 2 and section[0] == "tasks":
+        return list(TaskSpec.model_fields)
+    model: type[BaseModel] = Recipe
+    for part in section:
+        annotation = model.model_fields[str(part)].annotation
+        options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)
+
+
+def _cross_problems_of_broken(raw: dict[str, Any], source: _Source, error: ValidationError) -> list[str]:
+    """Cross-section problems of a recipe that also fails elsewhere, so that all errors come at once.
+
+    The broken sections are replaced by their defaults; what then still does not fit is a problem of its own.
+    """
+    broken = {details["loc"][0] for details in error.errors(include_url=False) if details["loc"]}
+    kept = {key: value for key, value in raw.items() if key in Recipe.model_fields and key not in broken}
+    if not broken or "tasks" not in kept:
+        return []
+    kept.setdefault("model", "unknown")
+    try:
+        Recipe.model_validate(kept)
+    except ValidationError as rest:
+        return [
+            _explain(details, raw, source) for details in rest.errors(include_url=False) if details["type"] == "cross"
+        ]
+    return []
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    text: str = yaml.safe_dump(
+        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
+    return text
+
+
+__all__ = ["load_recipe", "recipe_from_mapping", "to_yaml"]

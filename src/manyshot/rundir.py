@@ -1,0 +1,194 @@
+"""The run folder is the state: names, atomic writes, and what has been finished.
+
+A file appears under its final name only when it is complete (temporary name, fsync, rename), and a step's record is
+written after the files it speaks of. So a run killed at any moment resumes from the last finished step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from manyshot.errors import RunFolderError
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything in `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.path / "splits.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.json"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def post_hoc(self) -> Path:
+        return self.path / "post_hoc"
+
+    def round(self, round_index: int) -> Path:
+        return self.path / f"round_{round_index:03d}"
+
+    def local_update(self, round_index: int, task: str) -> Path:
+        return self.round(round_index) / task
+
+    def expert(self, task: str) -> Path:
+        return self.path / "experts" / task
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open `<path>.partial` for writing; on success fsync and rename to `path`, on failure remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty `<path>.partial`; on success fsync what is in it and rename, on failure remove it.
+
+    An existing `path` is replaced: callers ask for that only for a step that has no record yet.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        fsync_folder(partial)
+        remove(path)
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON atomically, with sorted keys and a final newline: the same value gives the same bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with atomic_file(path) as stream:
+        stream.write(text.encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a damaged file is an error that names it."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{path}: damaged JSON ({error}); remove it to redo the step that wrote it") from None
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
+
+
+def link_atomically(link: Path, target: Path) -> None:
+    """Point the symbolic link `link` at `target` (relative), replacing an older link in one step."""
+    temporary = link.with_name(link.name + PARTIAL)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+    fsync_folder(link.parent)
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line; after a crash in the middle of a line, the broken line is closed first."""
+    line = json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n"
+    with open(path, "a+b") as stream:
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(line.encode())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines, leaving out a line that a crash cut off."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [value for value in values if isinstance(value, dict)]
+
+
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse before the start what the disk cannot hold."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise RunFolderError(
+            f"{folder}: {what} needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another --output"
+        )
