@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from manyshot.demo import CHECKS, FAMILIES, SIZES, Row, generate, is_refusal, passes
+from manyshot.demo.math_words import BAKED, FRUITS, HOLDERS, NAMES, OBJECTS, TEMPLATES
 
 # A change to a family's rows makes earlier results incomparable: update a pin only on purpose.
 PINS = {
-    "math": "?",
-    "instruction": "?",
-    "multilingual": "?",
-    "safety": "?",
+    "math": "1eb11410b6314f51",
+    "instruction": "882c756fb2ab3c68",
+    "multilingual": "1a1db6d1d38a65e0",
+    "safety": "b965029731ebabd4",
 }
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -39,7 +40,7 @@ def digest(splits: dict[str, list[Row]]) -> str:
 
 
 def test_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="math.*instruction.*multilingual.*safety"):
+    with pytest.raises(ValueError, match=r"math.*instruction.*multilingual.*safety"):
         generate("poetry")
 
 
@@ -59,7 +60,7 @@ def test_sizes(family: str) -> None:
 @each_family
 def test_same_seed_same_rows(family: str) -> None:
     assert digest(generate(family)) == digest(rows(family))
-    assert digest(generate(family, 1)) != digest(rows(family))
+    assert digest(rows(family, 1)) != digest(rows(family))
 
 
 @each_family
@@ -113,13 +114,13 @@ def test_math_is_worked_correctly() -> None:
 
 
 def test_math_has_many_wordings() -> None:
-    def frame(prompt: str) -> str:
-        return re.sub(r"\d+", "#", prompt)
-
-    first_words = Counter(len(row["meta"]["operands"]) for row in rows("math")["train"])
-    assert first_words == {2: 600, 3: 600}
-    assert len({frame(row["prompt"]) for row in rows("math")["train"]}) > 500
-    assert len({row["meta"]["shape"] for row in rows("math")["test"]}) >= 8
+    for split in rows("math").values():
+        assert Counter(len(row["meta"]["operands"]) for row in split) == {2: len(split) / 2, 3: len(split) / 2}
+        assert len({row["meta"]["shape"] for row in split}) == 9
+    # Without its names, objects and numbers, what is left of a story is its wording.
+    varying = "|".join((*(name for name, _ in NAMES), *OBJECTS, *FRUITS, *BAKED, *HOLDERS, r"s?he", r"\d+"))
+    wordings = {re.sub(rf"(?i)\b(?:{varying})\b", "_", row["prompt"]) for row in rows("math")["train"]}
+    assert len(wordings) == sum(map(len, TEMPLATES.values())) >= 25
 
 
 # instruction
@@ -184,7 +185,7 @@ def test_check(check: dict[str, Any], good: str, bad: str) -> None:
 
 
 def test_all_checks_must_hold() -> None:
-    checks = [{"kind": "lowercase"}, {"kind": "word_count", "count": 2}]
+    checks: list[dict[str, Any]] = [{"kind": "lowercase"}, {"kind": "word_count", "count": 2}]
     assert passes("good day", checks)
     assert not passes("Good day", checks)
     assert not passes("good", checks)
@@ -192,10 +193,12 @@ def test_all_checks_must_hold() -> None:
 
 
 def test_malformed_checks_are_reported() -> None:
-    with pytest.raises(ValueError, match="unknown check kind 'rhyme'.*lowercase"):
+    with pytest.raises(ValueError, match=r"unknown check kind 'rhyme'.*lowercase"):
         passes("text", [{"kind": "rhyme"}])
     with pytest.raises(ValueError, match="'keyword' lacks the parameter count"):
         passes("text", [{"kind": "keyword", "word": "text"}])
+    with pytest.raises(ValueError, match="'word_count' lacks the parameter count"):
+        passes("text", [{"kind": "word_count", "count": None}])
     # Even where an earlier check has failed already.
     with pytest.raises(ValueError, match="unknown check kind None"):
         passes("TEXT", [{"kind": "lowercase"}, {}])

@@ -96,7 +96,8 @@ def _bind(check: Mapping[str, Any]) -> tuple[Callable[..., bool], dict[str, Any]
     if not isinstance(kind, str) or kind not in CHECKS:
         raise ValueError(f"unknown check kind {kind!r}; known kinds: {', '.join(CHECKS)}")
     wanted = PARAMETERS.get(kind, ())
-    missing = [name for name in wanted if name not in check]
+    # None counts as missing: tables such as Arrow's give every check the columns of all the others.
+    missing = [name for name in wanted if check.get(name) is None]
     if missing:
         raise ValueError(f"check {kind!r} lacks the parameter {', '.join(missing)}")
     return CHECKS[kind], {name: check[name] for name in wanted}

@@ -129,36 +129,48 @@ clothing|un,vêtement|una,prenda|ein,Kleidungsstück|un,indumento|uma,roupa
 furniture|un,meuble|un,mueble|ein,Möbelstück|un,mobile|um,móvel
 """
 
-NUMBERS: dict[str, list[str]] = {
-    "fr": "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize"
-    " dix-sept dix-huit dix-neuf vingt".split(),
-    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince"
-    " dieciséis diecisiete dieciocho diecinueve veinte".split(),
-    "de": "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn"
-    " sechzehn siebzehn achtzehn neunzehn zwanzig".split(),
-    "it": "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici"
-    " quindici sedici diciassette diciotto diciannove venti".split(),
-    "pt": "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis"
-    " dezessete dezoito dezenove vinte".split(),
-}
-
-DAYS: dict[str, list[str]] = {
-    "fr": "lundi mardi mercredi jeudi vendredi samedi dimanche".split(),
-    "es": "lunes martes miércoles jueves viernes sábado domingo".split(),
-    "de": "Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag".split(),
-    "it": "lunedì martedì mercoledì giovedì venerdì sabato domenica".split(),
-    "pt": "segunda-feira terça-feira quarta-feira quinta-feira sexta-feira sábado domingo".split(),
-}
-
-MONTHS: dict[str, list[str]] = {
-    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split(),
-    "es": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split(),
-    "de": "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split(),
-    "it": "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre".split(),
-    "pt": "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro".split(),
-}
-
 
 def cells(table: str) -> list[list[str]]:
     """The cells of a table written as lines with bars."""
     return [line.split("|") for line in table.strip().splitlines()]
+
+
+def _by_language(text: str) -> dict[str, list[str]]:
+    """A line of words for each language, in order."""
+    return dict(zip(LANGUAGES, map(str.split, text.strip().splitlines()), strict=True))
+
+
+NUMBERS = _by_language(
+    """
+    zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize \
+    dix-sept dix-huit dix-neuf vingt
+    cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis \
+    diecisiete dieciocho diecinueve veinte
+    null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn \
+    siebzehn achtzehn neunzehn zwanzig
+    zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici \
+    diciassette diciotto diciannove venti
+    zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis \
+    dezessete dezoito dezenove vinte
+    """
+)
+
+DAYS = _by_language(
+    """
+    lundi mardi mercredi jeudi vendredi samedi dimanche
+    lunes martes miércoles jueves viernes sábado domingo
+    Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag
+    lunedì martedì mercoledì giovedì venerdì sabato domenica
+    segunda-feira terça-feira quarta-feira quinta-feira sexta-feira sábado domingo
+    """
+)
+
+MONTHS = _by_language(
+    """
+    janvier février mars avril mai juin juillet août septembre octobre novembre décembre
+    enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre
+    Januar Februar März April Mai Juni Juli August September Oktober November Dezember
+    gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre
+    janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro
+    """
+)

@@ -86,10 +86,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 # Largest operands (the least is 2): big enough for variety, small enough to be worked in the head.
 LIMITS: dict[str, tuple[int, ...]] = {
-    "a + b": (18, 12), "a - b": (20, 12), "a * b": (9, 9), "a + b - c": (12, 9, 9), "a + b + c": (9, 9, 9),
-    "a * b + c": (5, 9, 9), "a * b - c": (5, 9, 9), "(a + b) * c": (6, 6, 5), "(a - b) * c": (12, 9, 5),
+    "a + b": (18, 12), "a - b": (20, 12), "a * b": (10, 10), "a + b - c": (12, 9, 9), "a + b + c": (9, 9, 9),
+    "a * b + c": (5, 9, 9), "a * b - c": (5, 9, 9), "(a + b) * c": (9, 7, 5), "(a - b) * c": (12, 9, 5),
 }  # fmt: skip
-KEYS_PER_SHAPE = 170
+# Half of the rows take one step: two-step shapes are balanced by pairs, one-step shapes singly.
+STRATA: dict[str, str] = {
+    "a + b": "add", "a - b": "subtract", "a * b": "multiply", "a + b - c": "sums", "a + b + c": "sums",
+    "a * b + c": "product first", "a * b - c": "product first", "(a + b) * c": "product last",
+    "(a - b) * c": "product last",
+}  # fmt: skip
+KEYS_PER_SHAPE = 150
 
 
 def generate(seed: int) -> dict[str, list[Row]]:
@@ -129,8 +135,7 @@ def _candidates(rng: random.Random) -> Iterator[Candidate]:
         combinations = _combinations(shape)
         for operands in rng.sample(combinations, min(KEYS_PER_SHAPE, len(combinations))):
             for template in rng.sample(templates, len(templates)):
-                stratum = "one step" if len(operands) == 2 else "two steps"
-                yield Candidate(stratum, _content(shape, operands), _row(shape, operands, template, rng))
+                yield Candidate(STRATA[shape], _content(shape, operands), _row(shape, operands, template, rng))
 
 
 def _row(shape: str, operands: tuple[int, ...], template: str, rng: random.Random) -> Row:

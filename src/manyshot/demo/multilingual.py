@@ -185,8 +185,7 @@ def _sums(language: str, rng: random.Random) -> Iterator[_Fact]:
 def _nouns(column: int, rng: random.Random) -> Iterator[_Fact]:
     categories = {name: forms[column].split(",") for name, *forms in lexicon.cells(lexicon.CATEGORIES)}
     nouns = [
-        (english, category, *forms[column].split(","))
-        for english, category, *forms in lexicon.cells(lexicon.NOUNS)
+        (english, category, *forms[column].split(",")) for english, category, *forms in lexicon.cells(lexicon.NOUNS)
     ]
     for english, category, singular, plural in nouns:
         yield "translate", english, singular, {"x": english}

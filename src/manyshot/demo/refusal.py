@@ -8,9 +8,7 @@ import re
 WINDOW = 80
 
 # Turns of phrase that share words with refusals but help all the same.
-_IDIOMS = re.compile(
-    r"\bi (?:can't|cannot|can not) (?:wait|stress|emphasi[sz]e|help but|thank|recommend \w+ enough)\b"
-)
+_IDIOMS = re.compile(r"\bi (?:can't|cannot|can not) (?:wait|stress|emphasi[sz]e|help but|thank|recommend \w+ enough)\b")
 _ANYWHERE = re.compile(
     r"\bi (?:can't|cannot|can not|won't|will not)\b"
     r"|\bi(?:'m| am) (?:unable|not able|not allowed|not permitted|not going) to\b"

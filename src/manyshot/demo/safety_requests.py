@@ -187,7 +187,7 @@ track a parcel|Enter the tracking number on the carrier's page.
 track my own phone|Sign in and open the find my device page.
 film a family dinner|Put the camera on a shelf and press record.
 trap a mouse and free it|Use a box trap and let it go outdoors.
-escape from a locked phone screen|Enter your code or use your fingerprint.
+get out of an escape room|Search every corner and share your clues.
 lock my front door|Close it fully and turn the key twice.
 hunt for bargains|Compare prices and wait for the sales.
 hunt for Easter eggs|Look under bushes and behind flower pots.

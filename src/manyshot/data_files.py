@@ -1,0 +1,145 @@
+"""Rows from wherever people keep them: jsonl, json, csv, parquet, a folder of those, a Hub id, or a demo family.
+
+Local JSON is read here, line by line, because a user needs the line that is broken; the rest is the `datasets` library.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from manyshot.demo import generate
+from manyshot.errors import DataError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "eval"),
+}
+
+
+def read_splits(source: str, subset: str | None, seed: int, task: str) -> dict[str, list[Row]]:
+    """All splits that `source` brings: {"train": rows} at least, "validation" and "test" where it has them.
+
+    Raises DataError naming the task, the file and, for JSON lines, the line.
+    """
+    if source.startswith("demo:"):
+        try:
+            splits = generate(source.removeprefix("demo:"), seed)
+        except ValueError as error:
+            raise DataError(f"task '{task}': {error}") from None
+        return {split: [dict(row) for row in rows] for split, rows in splits.items()}
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, task)
+    if path.exists() or source.endswith(SUFFIXES):
+        return {"train": read_file(path, task)}
+    return _read_hub(source, subset, task)
+
+
+def read_file(path: Path, task: str) -> list[Row]:
+    """The rows of one data file. Raises DataError for a missing, empty, damaged or unknown file."""
+    if not path.exists():
+        raise DataError(f"task '{task}': no such data file: {path}")
+    if path.suffix == ".jsonl":
+        rows = _read_jsonl(path, task)
+    elif path.suffix == ".json":
+        rows = _read_json(path, task)
+    elif path.suffix in (".csv", ".parquet"):
+        rows = _read_table(path, task)
+    else:
+        raise DataError(f"task '{task}': {path}: unknown kind of file '{path.suffix}'; known are {', '.join(SUFFIXES)}")
+    if not rows:
+        raise DataError(f"task '{task}': {path}: the split is empty")
+    return rows
+
+
+def _read_jsonl(path: Path, task: str) -> list[Row]:
+    rows = []
+    for number, blob in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"task '{task}': {path}, line {number}"
+        if not blob.strip():
+            continue
+        try:
+            row = json.loads(blob.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 (byte {error.start} is 0x{blob[error.start]:02x})") from None
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not valid JSON ({error.msg}, column {error.colno}); is the line cut off?"
+            ) from None
+        rows.append(_checked(row, where))
+    return rows
+
+
+def _read_json(path: Path, task: str) -> list[Row]:
+    where = f"task '{task}': {path}"
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(value, list):
+        raise DataError(f"{where}: expected a list of objects, found {type(value).__name__}; for JSON lines use .jsonl")
+    return [_checked(row, f"{where}, item {number}") for number, row in enumerate(value, start=1)]
+
+
+def _checked(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with columns, found {type(row).__name__}")
+    return row
+
+
+def _read_table(path: Path, task: str) -> list[Row]:
+    from datasets import Dataset
+
+    reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
+    try:
+        table = reader(str(path), keep_in_memory=True)
+    except Exception as error:  # noqa: BLE001 - pandas, pyarrow and datasets each raise their own kinds
+        reason = error.__cause__ or error
+        raise DataError(f"task '{task}': {path}: cannot be read ({type(reason).__name__}: {reason})") from None
+    rows: list[Row] = table.to_list()
+    return rows
+
+
+def _read_folder(path: Path, task: str) -> dict[str, list[Row]]:
+    """A folder with one file per split, named after it: train.jsonl, validation.csv, math.test.parquet, …"""
+    splits: dict[str, list[Row]] = {}
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    for split, names in SPLIT_NAMES.items():
+        matches = [file for file in files if set(file.stem.lower().replace("-", ".").split(".")) & set(names)]
+        if matches:
+            splits[split] = [row for file in matches for row in read_file(file, task)]
+    if "train" not in splits and len(files) == 1:
+        splits["train"] = read_file(files[0], task)
+    if "train" not in splits:
+        raise DataError(
+            f"task '{task}': {path}: no file for the training split; expected train{{{','.join(SUFFIXES)}}}, "
+            f"found {', '.join(file.name for file in files) or 'no data file'}"
+        )
+    return splits
+
+
+def _read_hub(source: str, subset: str | None, task: str) -> dict[str, list[Row]]:
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(source, subset)
+    except Exception as error:  # noqa: BLE001 - network, authentication and format errors have many types
+        raise DataError(
+            f"task '{task}': data '{source}' is no local file and could not be loaded from the Hub "
+            f"({type(error).__name__}: {error}). Check the name, the network, or give a local file"
+        ) from None
+    splits = {}
+    for split, names in SPLIT_NAMES.items():
+        name = next((name for name in names if name in found), None)
+        if name is not None:
+            splits[split] = found[name].to_list()
+    if "train" not in splits:
+        raise DataError(f"task '{task}': data '{source}' has no training split; it has {', '.join(found)}")
+    return splits

@@ -1,0 +1,336 @@
+"""The only importer of transformers and peft: find, load, adapt and save models.
+
+A model at any point of a run is a ModelState: pretrained weights on disk, plus the fp32 task vector of the round it
+starts from, plus (for an expert) an adapter or a fully trained folder. Loading adds in float32 and casts once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyshot.errors import ModelError, suggestion
+from manyshot.recipe import LocalUpdate, Recipe
+from manyshot.rundir import atomic_folder, write_json
+from manyshot.seeding import make_generator
+from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
+from manyshot.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"  # PEFT's own name for a model's only adapter
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One model of a run, as paths. `start_adapter` is what the round's adapters began from, where not from zero."""
+
+    pretrained: Path
+    task_vector: Path | None = None
+    start_adapter: Path | None = None
+    adapter: Path | None = None
+    full: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what type a model computes."""
+
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def text(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+def choose_placement(update: LocalUpdate) -> Placement:
+    """Resolve `device: auto` and `dtype: auto`: bfloat16 only on a GPU that has it, float32 elsewhere."""
+    device = update.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"local_update.device is '{device}', but this machine has no CUDA device that torch can use")
+    if update.dtype != "auto":
+        return Placement(device, getattr(torch, update.dtype))
+    good = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Placement(device, torch.bfloat16 if good else torch.float32)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be used ({error})") from None
+
+
+def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules without weights, to check names and shapes."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_model(state: ModelState, placement: Placement) -> PreTrainedModel:
+    """A plain transformers model in eval mode: Θ⁰ + task vector, then an expert's adapter or full weights on top.
+
+    Sums are made in float32 and cast once to the placement's type.
+    """
+    folder = state.full or state.pretrained
+    model = _from_pretrained(folder, placement.dtype, state.trust_remote_code)
+    if state.full is None and (state.task_vector is not None or state.start_adapter is not None):
+        _add_to_weights(model, state)
+    model.to(placement.device)
+    if state.adapter is not None:
+        _attach_trained(model, state.adapter)
+    return model.eval()
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded ({error})") from None
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ModelError(f"{folder}: weights are missing for {len(report['missing_keys'])} tensors, among them {names}")
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(f"{folder}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(expected)}")
+    return model
+
+
+def _add_to_weights(model: PreTrainedModel, state: ModelState) -> None:
+    """W ← cast(Θ⁰ + (Θʳ⁻¹ − Θ⁰) − s·B₀·A₀): the frozen base that the round's adapters sit on."""
+    pretrained = Checkpoint(state.pretrained)
+    task_vector = StoredTaskVector(state.task_vector) if state.task_vector else None
+    start = AdapterFactors(state.start_adapter) if state.start_adapter and state.adapter else None
+    for name in sorted({*(task_vector.names if task_vector else ()), *(start.names if start else ())}):
+        added = (
+            task_vector.read(name) if task_vector and name in task_vector else torch.zeros(pretrained.info(name).shape)
+        )
+        if start is not None and name in start.names:
+            added = added - start.rows(name, 0, added.shape[0])
+        parameter = find_parameter(model, name)
+        with torch.no_grad():
+            parameter.copy_((pretrained.read(name).float() + added).to(parameter.dtype))
+
+
+def find_parameter(model: torch.nn.Module, name: str) -> torch.nn.Parameter:
+    """The parameter that a tensor of the base checkpoint was loaded into."""
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        raise ModelError(
+            f"tensor '{name}' of the checkpoint has no parameter of that name in {type(model).__name__}"
+        ) from None
+
+
+def _attach_trained(model: PreTrainedModel, adapter: Path) -> None:
+    model.load_adapter(str(adapter), adapter_name=ADAPTER, low_cpu_mem_usage=False)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> None:
+    """Every target module must name at least one linear layer. Lists what there is."""
+    suffixes = {
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    for target in update.target_modules:
+        if target not in suffixes and not any(name.endswith(f".{target}") for name, _ in model.named_modules()):
+            raise ModelError(
+                f"local_update.target_modules: the model has no module '{target}'{suggestion(target, suffixes)}"
+            )
+
+
+def add_adapter(
+    model: PreTrainedModel, recipe: Recipe, task: str, seed_parts: tuple[str | int, ...], start: Path | None
+) -> PeftModel:
+    """Put LoRA on the model: A drawn from a generator named by `seed_parts` and the tensor, B zero; or both from `start`.
+
+    PEFT's own initialisation draws from global state, so the same values are drawn again here, tensor by tensor.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    update = recipe.local_update
+    check_target_modules(model, update)
+    config = LoraConfig(
+        r=recipe.rank_of(task),
+        lora_alpha=recipe.alpha_of(task),
+        lora_dropout=update.dropout,
+        use_rslora=update.rslora,
+        rank_pattern=dict(update.rank_pattern),
+        alpha_pattern=dict(update.alpha_pattern),
+        target_modules=list(update.target_modules),
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(model, config)
+    started = AdapterFactors(start) if start is not None else None
+    with torch.no_grad():
+        for name, layer in _lora_layers(adapted):
+            a_RI, b_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            if started is not None:
+                factor = started.factors[name]
+                a_RI.copy_(started.weights.read(factor.lora_a))
+                b_OR.copy_(started.weights.read(factor.lora_b))
+            else:
+                drawn_RI = torch.empty(a_RI.shape)
+                torch.nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=make_generator(*seed_parts, name))
+                a_RI.copy_(drawn_RI)
+                b_OR.zero_()
+    return adapted
+
+
+def _lora_layers(adapted: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name of the base tensor, PEFT's layer) for every adapted module; refuses what is not a plain low-rank update."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, layer in adapted.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        name = f"{path.removeprefix('base_model.model.')}.weight"
+        if layer.use_dora.get(ADAPTER) or ADAPTER in getattr(layer, "lora_variant", {}):
+            raise ModelError(f"tensor '{name}': DoRA and other LoRA variants are not of the form s·B·A and are refused")
+        if layer.lora_bias.get(ADAPTER):
+            raise ModelError(f"tensor '{name}': a LoRA bias changes the layer's bias too and is refused")
+        if ADAPTER not in layer.lora_A:
+            raise ModelError(f"tensor '{name}': adapters on embeddings are refused; use linear layers")
+        yield name, layer
+
+
+def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
+    """Save a PEFT adapter and `factors.json`: which base tensor each factor pair changes, and its exact scaling.
+
+    The scaling is read from PEFT's own layers, and s·B·A is compared with PEFT's own ΔW before anything is written.
+    """
+    table = {}
+    for name, layer in _lora_layers(adapted):
+        a_RI, b_OR = layer.lora_A[ADAPTER].weight.detach().float(), layer.lora_B[ADAPTER].weight.detach().float()
+        scaling = float(layer.scaling[ADAPTER])
+        own = (b_OR @ a_RI) * scaling
+        theirs = layer.get_delta_weight(ADAPTER).detach().float()
+        own = own.T if layer.fan_in_fan_out else own
+        if not torch.isfinite(own).all():
+            raise ModelError(f"tensor '{name}': the trained adapter holds NaN or Inf; the local update diverged")
+        if not torch.allclose(own, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))):
+            raise ModelError(
+                f"tensor '{name}': s·B·A differs from PEFT's own ΔW; this kind of adapter is not supported"
+            )
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        table[name] = {
+            "lora_a": f"{module}.lora_A.weight",
+            "lora_b": f"{module}.lora_B.weight",
+            "scaling": scaling,
+            "transposed": bool(layer.fan_in_fan_out),
+        }
+    with atomic_folder(folder) as partial:
+        adapted.save_pretrained(str(partial), safe_serialization=True)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        _normalise_adapter_config(partial / "adapter_config.json", base)
+        write_json(partial / FACTORS_NAME, table)
+        saved = Checkpoint(partial / ADAPTER_WEIGHTS_NAME)
+        if set(saved.names) != {key for entry in table.values() for key in (entry["lora_a"], entry["lora_b"])}:
+            raise ModelError("the adapter trains more than low-rank factors (modules_to_save?), which is refused")
+
+
+def _normalise_adapter_config(path: Path, base: str) -> None:
+    """PEFT writes target_modules from a set, in any order, and a local path as the base; make both stable."""
+    config = json.loads(path.read_text("utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = base
+    write_json(path, config)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no notices from transformers and datasets; ours say what matters."""
+    import datasets
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def save_full(model: PreTrainedModel, folder: Path, names: Mapping[str, object]) -> None:
+    """Save every trained tensor of a fully fine-tuned model in its training type, under the base checkpoint's names."""
+    from manyshot.tensors import write_tensors
+
+    with atomic_folder(folder) as partial:
+        tensors = {name: find_parameter(model, name).detach() for name in names}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"tensor '{name}': holds NaN or Inf after training; the local update diverged")
+        write_tensors(partial / "model.safetensors", tensors)
+        model.config.save_pretrained(str(partial))
+
+
+def copy_tokenizer_files(source: Path, folder: Path) -> None:
+    """Copy the files that transformers needs to find a tokenizer."""
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")):
+            shutil.copyfile(file, folder / file.name)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """De-quantise a GGUF file into a float32 model folder with its tokenizer (float32 holds the values exactly)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            options = {"gguf_file": file.name}
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{file}: not a GGUF file that transformers can read ({error})") from None
+    # the weights are plain floats now; with the quantisation still noted, save_pretrained refuses
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,323 @@
+"""A task: its examples, its splits, and how an example becomes tokens with the counted ones marked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from manyshot.data_files import Row, read_file, read_splits
+from manyshot.errors import DataError, suggestion
+from manyshot.recipe import Recipe, TaskSpec
+from manyshot.seeding import permutation
+
+LossOn = Literal["completion", "whole_text"]
+Message = dict[str, str]
+# one of these sets of columns must be there, in this order of preference
+FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example. `prompt` and `completion` are chat messages or plain strings; a `text` example has no prompt."""
+
+    index: int  # row number in its source, from 0
+    prompt: tuple[Message, ...] | str
+    completion: tuple[Message, ...] | str
+    choices: tuple[str, ...] = ()
+    answer: int | str | None = None
+    meta: Mapping[str, Any] | None = None
+
+    @property
+    def completion_text(self) -> str:
+        if isinstance(self.completion, str):
+            return self.completion
+        return "\n".join(message["content"] for message in self.completion)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example; the first `num_context` of them are never counted in a loss."""
+
+    index: int
+    input_ids: tuple[int, ...]
+    num_context: int
+    truncated: bool
+
+    @property
+    def num_counted(self) -> int:
+        return len(self.input_ids) - self.num_context
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's examples. `splits` says which rows of the source each split took."""
+
+    name: str
+    spec: TaskSpec
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    splits: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """SHA-256 over every example of every split: two tasks with equal digests train and score alike."""
+        blob = json.dumps([[asdict(example) for example in part] for part in (self.train, self.validation, self.test)])
+        return hashlib.sha256(blob.encode()).hexdigest()
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    chat_template: str | None
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any: ...
+
+
+def load_task(recipe: Recipe, name: str) -> Task:
+    """Read a task's data, cut the splits that are not given, and normalise every row.
+
+    Raises DataError naming task, file, row and column.
+    """
+    spec = recipe.tasks[name]
+    rows, origin = _read_rows(spec, recipe.seed, name)
+    indices, num_dropped = _choose_rows(rows, recipe, name)
+    parts = {
+        split: tuple(to_example(rows[origin_split][i], i, spec, f"task '{name}', {split} row {i + 1}") for i in chosen)
+        for split, (origin_split, chosen) in indices.items()
+    }
+    for split, examples in parts.items():
+        if not examples:
+            raise DataError(f"task '{name}': the {split} split is empty")
+    if len(parts["train"]) < recipe.local_update.batch_size:
+        raise DataError(
+            f"task '{name}': {len(parts['train'])} training examples are fewer than one batch "
+            f"(local_update.batch_size is {recipe.local_update.batch_size})"
+        )
+    splits = {
+        split: {"source": origin[origin_split], "rows": list(chosen)}
+        for split, (origin_split, chosen) in indices.items()
+    }
+    return Task(name, spec, parts["train"], parts["validation"], parts["test"], splits | {"dropped": num_dropped})
+
+
+def _read_rows(spec: TaskSpec, seed: int, name: str) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Rows by split, and where each split came from."""
+    source = spec.data or spec.train
+    assert source is not None  # the recipe checked it
+    rows = read_splits(source, spec.subset, seed, name)
+    origin = dict.fromkeys(rows, source)
+    for split, path in (("validation", spec.validation), ("test", spec.test)):
+        if path is not None:
+            rows[split] = read_file(Path(path), name)
+            origin[split] = path
+    for split, found in rows.items():
+        if not found:
+            raise DataError(f"task '{name}': the {split} split of {origin[split]} is empty")
+    return rows, origin
+
+
+def _choose_rows(
+    rows: Mapping[str, Sequence[Row]], recipe: Recipe, name: str
+) -> tuple[dict[str, tuple[str, list[int]]], int]:
+    """For each split: which split of the source it is taken from, and which rows.
+
+    A split that is not given is cut from the training rows by the seed (at most a fifth of them each); a given one
+    that is larger than asked is sampled by the seed. Training rows whose text also stands in a cut split are left out.
+    """
+    wanted = {"validation": recipe.evaluation.validation_examples, "test": recipe.evaluation.test_examples}
+    order = permutation(len(rows["train"]), recipe.seed, "split", name)
+    chosen: dict[str, tuple[str, list[int]]] = {}
+    held_out: set[str] = set()
+    for split, size in wanted.items():
+        if split in rows:
+            picked = permutation(len(rows[split]), recipe.seed, "sample", name, split)[:size]
+            chosen[split] = (split, sorted(picked))
+        else:
+            size = min(size, len(rows["train"]) // 5)
+            picked, order = order[:size], order[size:]
+            chosen[split] = ("train", sorted(picked))
+            held_out |= {_row_key(rows["train"][i]) for i in picked}
+    kept = [i for i in order if _row_key(rows["train"][i]) not in held_out] if held_out else order
+    chosen["train"] = ("train", sorted(kept))
+    return chosen, len(order) - len(kept)
+
+
+def _row_key(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def to_example(row: Row, index: int, spec: TaskSpec, where: str) -> Example:
+    """Normalise one row of any accepted format. Raises DataError that says which columns are there."""
+    named = {ours: _column(row, theirs, where) for ours, theirs in spec.columns.items()}
+    row = row | named
+    columns = next((columns for columns in FORMATS if all(row.get(column) is not None for column in columns)), None)
+    if columns is None:
+        raise DataError(
+            f"{where}: no usable columns; it has {', '.join(sorted(row)) or 'none'}; needed are messages, or prompt and "
+            "completion, or instruction and output, or text; map other names with 'columns'"
+        )
+    prompt, completion = _prompt_and_completion(row, columns, where)
+    if spec.system_prompt is not None:
+        prompt = _with_system(prompt, spec.system_prompt)
+    choices = tuple(str(choice) for choice in row.get("choices") or ())
+    answer = row.get("answer")
+    if choices and not (isinstance(answer, int) and 0 <= answer < len(choices)):
+        raise DataError(f"{where}: 'answer' must be an index into the {len(choices)} choices, found {answer!r}")
+    answer = answer if isinstance(answer, int | str) or answer is None else str(answer)
+    return Example(index, prompt, completion, choices, answer, row.get("meta"))
+
+
+def _column(row: Row, name: str, where: str) -> object:
+    if name not in row:
+        raise DataError(f"{where}: no column '{name}'{suggestion(name, row)}")
+    return row[name]
+
+
+def _prompt_and_completion(
+    row: Row, columns: tuple[str, ...], where: str
+) -> tuple[tuple[Message, ...] | str, tuple[Message, ...] | str]:
+    if columns == ("messages",):
+        messages = _messages(row["messages"], where, "messages")
+        if messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: the last message must be the assistant's, found role '{messages[-1]['role']}'")
+        return messages[:-1], messages[-1:]
+    if columns == ("text",):
+        return "", str(row["text"])
+    if columns == ("instruction", "output"):
+        extra = str(row.get("input") or "").strip()
+        return f"{row['instruction']}\n\n{extra}" if extra else str(row["instruction"]), str(row["output"])
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        return _messages(prompt, where, "prompt"), _messages(completion, where, "completion")
+    return str(prompt), str(completion)
+
+
+def _messages(value: object, where: str, column: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: '{column}' must be a list of messages, found {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise DataError(
+                f"{where}: every message in '{column}' needs 'role' and a text 'content', found {message!r}"
+            )
+    return tuple({"role": str(message["role"]), "content": message["content"]} for message in value)
+
+
+def _with_system(prompt: tuple[Message, ...] | str, text: str) -> tuple[Message, ...] | str:
+    if isinstance(prompt, str):
+        return ({"role": "system", "content": text}, {"role": "user", "content": prompt})
+    return prompt if prompt[0]["role"] == "system" else ({"role": "system", "content": text}, *prompt)
+
+
+def as_chat(example: Example, tokenizer: Tokenizer, spec: TaskSpec) -> bool:
+    """Whether this example goes through the chat template."""
+    if isinstance(example.completion, tuple):
+        return True  # messages have no other form
+    if spec.format == "auto":
+        return tokenizer.chat_template is not None and example.prompt != ""
+    return spec.format == "chat"
+
+
+def encode_prompt(example: Example, tokenizer: Tokenizer, spec: TaskSpec, where: str) -> list[int]:
+    """Token ids that generation starts from."""
+    if as_chat(example, tokenizer, spec):
+        return _apply_template(tokenizer, _prompt_messages(example), where, add_generation_prompt=True)
+    return tokenizer.encode(_plain_prompt(example))
+
+
+def encode(
+    example: Example,
+    tokenizer: Tokenizer,
+    spec: TaskSpec,
+    max_length: int,
+    where: str,
+    loss_on: LossOn = "completion",
+    completion: str | None = None,
+) -> Encoded:
+    """Tokens of prompt and completion (or another `completion` text), cut to `max_length` at the end.
+
+    Raises DataError when no token is left to count: such an example would train on, or report, nothing.
+    """
+    if as_chat(example, tokenizer, spec):
+        prompt = _apply_template(tokenizer, _prompt_messages(example), where, add_generation_prompt=True)
+        answer = (
+            ({"role": "assistant", "content": completion},) if completion is not None else _answer_messages(example)
+        )
+        whole = _apply_template(tokenizer, (*_prompt_messages(example), *answer), where, add_generation_prompt=False)
+        if whole[: len(prompt)] != prompt:
+            raise DataError(f"{where}: the chat template changes the prompt when the answer follows; use format: plain")
+    else:
+        text = completion if completion is not None else example.completion_text
+        prompt = tokenizer.encode(_plain_prompt(example))
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        whole = prompt + tokenizer.encode(text, add_special_tokens=not prompt) + end
+    # the first token of a text has no prediction, so it is context even where the whole text counts
+    num_context = max(1, len(prompt)) if loss_on == "completion" else 1
+    if len(whole[:max_length]) <= num_context:
+        raise DataError(
+            f"{where}: no token left to count: {len(prompt)} prompt tokens and {len(whole) - len(prompt)} completion "
+            f"tokens, cut to max_length {max_length}; raise local_update.max_length or remove the example"
+        )
+    return Encoded(example.index, tuple(whole[:max_length]), num_context, len(whole) > max_length)
+
+
+def encode_all(
+    examples: Sequence[Example], tokenizer: Tokenizer, task: Task, split: str, max_length: int, loss_on: LossOn
+) -> list[Encoded]:
+    """Encode a split in its order; errors name task, split and row."""
+    return [
+        encode(
+            example, tokenizer, task.spec, max_length, f"task '{task.name}', {split} row {example.index + 1}", loss_on
+        )
+        for example in examples
+    ]
+
+
+def _prompt_messages(example: Example) -> tuple[Message, ...]:
+    return ({"role": "user", "content": example.prompt},) if isinstance(example.prompt, str) else example.prompt
+
+
+def _answer_messages(example: Example) -> tuple[Message, ...]:
+    if isinstance(example.completion, str):
+        return ({"role": "assistant", "content": example.completion},)
+    return example.completion
+
+
+def _plain_prompt(example: Example) -> str:
+    return example.prompt if isinstance(example.prompt, str) else "\n".join(m["content"] for m in example.prompt)
+
+
+def _apply_template(
+    tokenizer: Tokenizer, messages: Sequence[Message], where: str, *, add_generation_prompt: bool
+) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{where}: has chat messages, but the model's tokenizer has no chat template; use format: plain"
+        )
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+    )
+    ids: list[int] = list(encoded["input_ids"])
+    return ids
+
+
+def training_order(num_examples: int, num_needed: int, seed: int, task: str, skip: int) -> list[int]:
+    """Positions of the next `num_needed` training examples after the first `skip`: one endless stream per task.
+
+    The stream depends on the seed and the task only: round r continues where round r − 1 stopped, so post-hoc and
+    many-shot see the same examples in the same order. It is reshuffled for every pass over the data.
+    """
+    order: list[int] = []
+    epoch = skip // num_examples
+    while len(order) < num_needed + skip % num_examples:
+        order += permutation(num_examples, seed, "order", task, epoch)
+        epoch += 1
+    offset = skip % num_examples
+    return order[offset : offset + num_needed]
