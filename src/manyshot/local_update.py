@@ -1,0 +1,196 @@
+"""One task fine-tunes from the round's start model: TRL's SFTTrainer with PEFT, or all weights.
+
+The same job is a single-task expert when it starts from the pretrained model and takes all steps at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyshot.loss_gap import ValidationLoss, validation_loss
+from manyshot.models import (
+    ModelState,
+    Placement,
+    add_adapter,
+    choose_placement,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    save_adapter,
+    save_full,
+)
+from manyshot.progress import Progress
+from manyshot.recipe import Recipe
+from manyshot.rundir import read_json, write_json
+from manyshot.seeding import derive_seed
+from manyshot.tasks import Encoded, Task, encode_all, training_order
+from manyshot.tensors import Checkpoint
+from manyshot.trainer import learning_rate_multipliers, make_trainer
+
+RECORD = "local_update.json"
+
+
+@dataclass(frozen=True)
+class LocalUpdateJob:
+    """Everything one local update depends on. `folder` receives adapter/ (or model/), then local_update.json."""
+
+    recipe: Recipe
+    task: Task
+    start: ModelState
+    base_name: str
+    folder: Path
+    round_index: int
+    num_steps: int
+    steps_before: int
+    total_steps: int
+    key: str  # digest of all inputs: equal keys give equal bytes
+
+
+def finished_update(job: LocalUpdateJob) -> dict[str, Any] | None:
+    """The record of this job if it was done before, with the same inputs."""
+    if not (job.folder / RECORD).exists():
+        return None
+    record = read_json(job.folder / RECORD)
+    return record if record.get("key") == job.key else None
+
+
+def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
+    """Train, save the expert, measure its validation loss, write the record. Returns the record.
+
+    Raises ManyshotError naming round and task when the loss turns NaN or Inf.
+    """
+    if (done := finished_update(job)) is not None:
+        return done
+    update = job.recipe.local_update
+    placement = choose_placement(update)
+    where = f"round {job.round_index}, task '{job.task.name}'"
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
+        tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
+        examples = _training_examples(job, tokenizer)
+        model = _start_model(job, placement)
+        losses = _train(model, tokenizer, examples, job, placement, progress, where)
+        with progress.timed("save", job.round_index, job.task.name):
+            _save_expert(model, job)
+        record = _record(job, examples, losses)
+        record["validation"] = _expert_loss(model, tokenizer, job, progress).to_json()
+    write_json(job.folder / RECORD, record)
+    return record
+
+
+def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
+    """The examples of this round's steps, in order, tokenised."""
+    update = job.recipe.local_update
+    order = training_order(
+        len(job.task.train),
+        job.num_steps * update.batch_size,
+        job.recipe.seed,
+        job.task.name,
+        skip=job.steps_before * update.batch_size,
+    )
+    examples = [job.task.train[position] for position in order]
+    return encode_all(examples, tokenizer, job.task, "train", update.max_length, update.loss_on)
+
+
+def _start_model(job: LocalUpdateJob, placement: Placement) -> Any:
+    """The start model with fresh (or carried) adapters, or with all weights trainable."""
+    recipe = job.recipe
+    if recipe.local_update.method == "full":
+        # all weights train in float32; a lower type is used for the computation only
+        return load_model(job.start, Placement(placement.device, torch.float32))
+    model = load_model(job.start, placement)
+    shared = recipe.merge.space == "factors" or recipe.local_update.adapter_start != "fresh"
+    # factors that will be averaged must start equal in every task; otherwise each task draws its own
+    seed_parts = (recipe.seed, "adapter", job.round_index) + (() if shared else (job.task.name,))
+    return add_adapter(model, recipe, job.task.name, seed_parts, job.start.start_adapter)
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Encoded],
+    job: LocalUpdateJob,
+    placement: Placement,
+    progress: Progress,
+    where: str,
+) -> list[float]:
+    """Run the trainer; the training loss of every step."""
+    update = job.recipe.local_update
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    multipliers = learning_rate_multipliers(update, job.num_steps, job.steps_before, job.total_steps)
+    timing = progress.timed(
+        "local_update", job.round_index, job.task.name, total=job.num_steps, tokens=num_tokens, steps=job.num_steps
+    )
+    with tempfile.TemporaryDirectory() as scratch, timing as timed:
+        trainer = make_trainer(
+            model,
+            tokenizer,
+            examples,
+            update,
+            placement,
+            multipliers=multipliers,
+            # the order is fixed already; this seeds what the trainer draws itself, such as dropout
+            seed=derive_seed(job.recipe.seed, "trainer", job.round_index, job.task.name) % 2**31,
+            scratch=scratch,
+            on_step=timed.tick,
+        )
+        trainer.train()
+    return trainer.finite_losses(where)
+
+
+def _save_expert(model: Any, job: LocalUpdateJob) -> None:
+    if job.recipe.local_update.method == "full":
+        save_full(model, job.folder / "model", Checkpoint(job.start.pretrained).names)
+    else:
+        save_adapter(model, job.folder / "adapter", job.base_name)
+
+
+def _expert_loss(model: Any, tokenizer: Any, job: LocalUpdateJob, progress: Progress) -> ValidationLoss:
+    """The expert's validation loss, on the model that was just trained."""
+    recipe, task = job.recipe, job.task
+    plain = model if recipe.local_update.method == "full" else model.get_base_model()
+    with progress.timed("validation", job.round_index, task.name, total=len(task.validation)) as timed:
+        return validation_loss(
+            plain,
+            encode_validation(task, tokenizer, recipe),
+            pad_id=tokenizer.pad_token_id,
+            batch_size=recipe.evaluation.batch_size,
+            where=f"round {job.round_index}, task '{task.name}', expert, validation",
+            tick=timed.tick,
+        )
+
+
+def encode_validation(task: Task, tokenizer: Any, recipe: Recipe) -> list[Encoded]:
+    """A task's validation split as tokens; the same for every model that is compared."""
+    return encode_all(
+        task.validation, tokenizer, task, "validation", recipe.local_update.max_length, recipe.evaluation.loss_on
+    )
+
+
+def _record(job: LocalUpdateJob, examples: Sequence[Encoded], losses: Sequence[float]) -> dict[str, Any]:
+    """What local_update.json says; no times, so that an interrupted run ends with the same bytes."""
+    return {
+        "key": job.key,
+        "task": job.task.name,
+        "round": job.round_index,
+        "steps": job.num_steps,
+        "steps_before": job.steps_before,
+        "num_tokens": sum(len(example.input_ids) for example in examples),
+        "num_counted_tokens": sum(example.num_counted for example in examples),
+        "truncated_share": sum(example.truncated for example in examples) / len(examples),
+        "train_losses": [round(loss, 6) for loss in losses],
+    }
+
+
+def expert_state(start: ModelState, folder: Path) -> ModelState:
+    """The expert that a finished local update left in `folder`."""
+    if (folder / "model").is_dir():
+        return replace(start, full=folder / "model", task_vector=None, start_adapter=None)
+    return replace(start, adapter=folder / "adapter")

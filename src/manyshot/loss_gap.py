@@ -1,0 +1,172 @@
+"""Validation losses, loss gaps, gap weights: the numbers METIS' weights are made of.
+
+One evaluator for every model that is compared: fixed order, no packing, eval mode, float32 log-probabilities summed in
+float64, mean over counted tokens. Logits are computed only where they are counted.
+Shapes: B = examples of a batch, L = padded length, K = last positions that hold every counted token, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from manyshot.errors import DataError, MergeError
+from manyshot.tasks import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Positions whose logits are held at once: 1024 × a vocabulary of 128 k in float32 is 0.5 GiB.
+MAX_LOGIT_POSITIONS = 1024
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Mean token cross-entropy in nats over `num_tokens` counted tokens."""
+
+    loss: float
+    num_tokens: int
+    num_examples: int
+    truncated_share: float
+
+    def to_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def pad_left(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch padded on the left, so that the counted tokens, which come last, line up at the end: (B, L) each."""
+    length = max(len(example.input_ids) for example in examples)
+    input_ids_BL = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    labels_BL = torch.full((len(examples), length), IGNORED, dtype=torch.long)
+    mask_BL = torch.zeros((len(examples), length), dtype=torch.long)
+    for row, example in enumerate(examples):
+        begin = length - len(example.input_ids)
+        ids = torch.tensor(example.input_ids, dtype=torch.long)
+        input_ids_BL[row, begin:] = ids
+        mask_BL[row, begin:] = 1
+        labels_BL[row, begin + example.num_context :] = ids[example.num_context :]
+    position_ids_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": input_ids_BL, "attention_mask": mask_BL, "position_ids": position_ids_BL, "labels": labels_BL}
+
+
+def counted_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], parameters: frozenset[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, K, V) that predict the last K tokens, and those tokens' labels (B, K), IGNORED where not counted.
+
+    `parameters` are the names that the model's forward takes; one without `logits_to_keep` computes all logits.
+    """
+    labels_BL = batch["labels"]
+    num_last = int((labels_BL != IGNORED).any(0).nonzero().amin().sub(labels_BL.shape[1]).neg())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels" and name in parameters}
+    if "logits_to_keep" in parameters:
+        logits = model(**inputs, use_cache=False, logits_to_keep=num_last + 1).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, -(num_last + 1) :]
+    return logits[:, :-1], labels_BL[:, -num_last:]
+
+
+def forward_parameters(model: torch.nn.Module) -> frozenset[str]:
+    """Names that a transformers model's forward takes (a PEFT wrapper hides them)."""
+    return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def make_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Positions of examples in batches of like length: longest first, ties in order. The same for every model."""
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), i))
+    batch: list[int] = []
+    longest = 0
+    for i in order:
+        longest_with = max(longest, encoded[i].num_counted)
+        if batch and (len(batch) == batch_size or longest_with * (len(batch) + 1) > MAX_LOGIT_POSITIONS):
+            yield batch
+            batch, longest_with = [], encoded[i].num_counted
+        batch.append(i)
+        longest = longest_with
+    if batch:
+        yield batch
+
+
+def negative_log_likelihoods(
+    model: PreTrainedModel,
+    encoded: Sequence[Encoded],
+    *,
+    pad_id: int,
+    batch_size: int,
+    where: str,
+    tick: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Σ −log p over the counted tokens of each example, in the order given, nats.
+
+    Raises DataError naming the example for a NaN or Inf. `tick` is told how many examples have been done.
+    """
+    was_training = model.training
+    model.eval()
+    sums = [0.0] * len(encoded)
+    parameters = forward_parameters(model)
+    with torch.inference_mode():
+        for positions in make_batches(encoded, batch_size):
+            batch = {name: t.to(model.device) for name, t in pad_left([encoded[i] for i in positions], pad_id).items()}
+            logits_BKV, labels_BK = counted_logits(model, batch, parameters)
+            losses_BK = torch.nn.functional.cross_entropy(
+                logits_BKV.float().flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORED, reduction="none"
+            ).view(labels_BK.shape)
+            for i, total in zip(positions, losses_BK.double().sum(1).tolist(), strict=True):
+                if not math.isfinite(total):
+                    raise DataError(f"{where}, row {encoded[i].index + 1}: the loss is {total}")
+                sums[i] = total
+            if tick is not None:
+                tick(len(positions))
+    model.train(was_training)
+    return sums
+
+
+def validation_loss(
+    model: PreTrainedModel,
+    encoded: Sequence[Encoded],
+    *,
+    pad_id: int,
+    batch_size: int,
+    where: str,
+    tick: Callable[[int], None] | None = None,
+) -> ValidationLoss:
+    """Token-weighted mean cross-entropy of a model on encoded examples."""
+    sums = negative_log_likelihoods(model, encoded, pad_id=pad_id, batch_size=batch_size, where=where, tick=tick)
+    num_tokens = sum(example.num_counted for example in encoded)
+    return ValidationLoss(
+        loss=math.fsum(sums) / num_tokens,
+        num_tokens=num_tokens,
+        num_examples=len(encoded),
+        truncated_share=sum(example.truncated for example in encoded) / len(encoded),
+    )
+
+
+def loss_gaps(start_losses: Sequence[float], expert_losses: Sequence[float]) -> list[float]:
+    """G_τ = L_τ(Θʳ⁻¹) − L_τ(θ_τ) for every task: how much worse the merged model fits a task than its expert."""
+    return [start - expert for start, expert in zip(start_losses, expert_losses, strict=True)]
+
+
+def gap_weights(gaps: Sequence[float], temperature: float) -> list[float]:
+    """α = softmax(G / λ), in float64, shifted by the largest gap so that no exponential overflows."""
+    if not all(math.isfinite(gap) for gap in gaps):
+        raise MergeError(f"loss gaps must be finite, found {list(gaps)}")
+    largest = max(gaps)
+    raised = [math.exp((gap - largest) / temperature) for gap in gaps]
+    total = math.fsum(raised)
+    return [value / total for value in raised]
+
+
+def uniform_weights(num_tasks: int) -> list[float]:
+    """1/T for every task."""
+    return [1.0 / num_tasks] * num_tasks
+
+
+def effective_tasks(weights: Sequence[float]) -> float:
+    """exp(H(α)): T for uniform weights, 1 when one task has all the weight."""
+    return math.exp(-math.fsum(weight * math.log(weight) for weight in weights if weight > 0))
