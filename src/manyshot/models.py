@@ -141,7 +141,7 @@ def _add_to_weights(model: PreTrainedModel, state: ModelState) -> None:
     """W ← cast(Θ⁰ + (Θʳ⁻¹ − Θ⁰) − s·B₀·A₀): the frozen base that the round's adapters sit on."""
     pretrained = Checkpoint(state.pretrained)
     task_vector = StoredTaskVector(state.task_vector) if state.task_vector else None
-    start = AdapterFactors(state.start_adapter) if state.start_adapter and state.adapter else None
+    start = AdapterFactors(state.start_adapter) if state.start_adapter else None
     for name in sorted({*(task_vector.names if task_vector else ()), *(start.names if start else ())}):
         added = (
             task_vector.read(name) if task_vector and name in task_vector else torch.zeros(pretrained.info(name).shape)

@@ -6,6 +6,7 @@ written after the files it speaks of. So a run killed at any moment resumes from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -127,6 +128,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_file(path) as stream:
         stream.write(text.encode() + b"\n")
+
+
+def content_key(*values: Any) -> str:
+    """SHA-256 of JSON values: equal content, equal key."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

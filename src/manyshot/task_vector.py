@@ -92,13 +92,12 @@ class AdapterUpdate:
 
 
 class ModelUpdate:
-    """An expert with all weights trained: its folder's tensors less the start's, as both were loaded for training."""
+    """An expert with all weights trained (in float32): its folder's tensors less the start's."""
 
-    def __init__(self, model: Path, pretrained: Checkpoint, start: StoredTaskVector | None, dtype: torch.dtype) -> None:
+    def __init__(self, model: Path, pretrained: Checkpoint, start: StoredTaskVector | None) -> None:
         self.model = Checkpoint(model)
         self.pretrained = pretrained
         self.start = start
-        self.dtype = dtype
         self.names = self.model.names
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -108,8 +107,7 @@ class ModelUpdate:
         before = self.pretrained.read_rows(name, start, stop).float()
         if self.start is not None and name in self.start:
             before += self.start.rows(name, start, stop)
-        # training began from this cast; subtracting the cast keeps its rounding out of the update
-        return self.model.read_rows(name, start, stop).float() - before.to(self.dtype).float()
+        return self.model.read_rows(name, start, stop).float() - before
 
 
 class StoredTaskVector:

@@ -1,0 +1,62 @@
+"""The last check of a run: the merged folder, loaded with plain transformers, is the model that was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from manyshot.errors import ModelError
+from manyshot.local_update import encode_validation
+from manyshot.loss_gap import validation_loss
+from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
+from manyshot.steps import Run
+from manyshot.tensors import Checkpoint
+
+# largest relative difference of a validation loss between the float32 master and the folder's own type
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def check_merged(run: Run, summary: dict[str, Any]) -> None:
+    """Reload merged/ and compare: finite, same tensors and shapes as the base, validation losses as recorded.
+
+    Raises ModelError naming the tensor or the task.
+    """
+    folder = run.folder.merged.resolve()
+    compare_tensors(run, Checkpoint(folder))
+    recorded = summary["rounds"][str(run.recipe.protocol.rounds)]["losses"]
+    placement = choose_placement(run.recipe.local_update)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder, trust_remote_code=run.recipe.trust_remote_code)
+        model = load_model(ModelState(folder, trust_remote_code=run.recipe.trust_remote_code), placement)
+        stored = {Checkpoint(folder).info(name).dtype for name in Checkpoint(folder).names}
+        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in (*stored, placement.dtype))
+        for task in run.tasks:
+            with run.progress.timed("validation", 0, task.name, total=len(task.validation)) as timed:
+                found = validation_loss(
+                    model,
+                    encode_validation(task, tokenizer, run.recipe),
+                    pad_id=tokenizer.pad_token_id,
+                    batch_size=run.recipe.evaluation.batch_size,
+                    where=f"reloaded {folder}, task '{task.name}', validation",
+                    tick=timed.tick,
+                ).loss
+            expected = recorded[task.name]["loss"]
+            if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
+                raise ModelError(f"{folder}: validation loss of task '{task.name}' is {found:.6f}, recorded {expected:.6f}")
+
+
+def compare_tensors(run: Run, merged: Checkpoint) -> None:
+    """Same names and shapes as the pretrained model; every float tensor finite."""
+    pretrained = Checkpoint(run.base.path)
+    if merged.names != pretrained.names:
+        differing = sorted(set(merged.names) ^ set(pretrained.names))[0]
+        raise ModelError(f"{merged.path}: tensor '{differing}' is in only one of the merged and the pretrained model")
+    with run.progress.timed("check"):
+        for name in merged.names:
+            if merged.info(name).shape != pretrained.info(name).shape:
+                raise ModelError(f"{merged.path}: tensor '{name}' changed its shape to {merged.info(name).shape}")
+            tensor = merged.read(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ModelError(f"{merged.path}: tensor '{name}' holds NaN or Inf")

@@ -1,0 +1,206 @@
+"""Measure a model: validation losses and test scores of tasks; scores beside the experts'.
+
+Every model of a run is measured by the same code, batch sizes and decoding (greedy), so that differences are the
+model's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from manyshot.local_update import encode_validation
+from manyshot.loss_gap import negative_log_likelihoods, validation_loss
+from manyshot.metrics import find_metric
+from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
+from manyshot.progress import Progress
+from manyshot.recipe import Recipe
+from manyshot.rundir import read_json, write_json
+from manyshot.tasks import Encoded, Example, Task, encode, encode_prompt
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """Measure one model on some tasks; writes losses.json, outputs.json and scores.json (last) into `folder`."""
+
+    recipe: Recipe
+    tasks: tuple[Task, ...]
+    state: ModelState
+    folder: Path
+    round_index: int
+    losses: bool = True
+
+
+def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
+    """{"losses": {task: …}, "scores": {task: …}}; what was measured before is read back."""
+    scores_path, losses_path = job.folder / "scores.json", job.folder / "losses.json"
+    if scores_path.exists():
+        losses = read_json(losses_path) if job.losses else {}
+        return {"losses": losses, "scores": read_json(scores_path)}
+    with quiet_transformers():
+        placement = choose_placement(job.recipe.local_update)
+        with progress.timed("load", job.round_index):
+            tokenizer = load_tokenizer(job.state.pretrained, trust_remote_code=job.state.trust_remote_code)
+            model = load_model(job.state, placement)
+        losses = {}
+        if job.losses:
+            losses = {task.name: _task_loss(model, tokenizer, task, job, progress) for task in job.tasks}
+            write_json(losses_path, losses)
+        scores, outputs = {}, {}
+        for task in job.tasks:
+            scores[task.name], outputs[task.name] = _task_score(model, tokenizer, task, job, progress)
+    write_json(job.folder / "outputs.json", outputs)
+    write_json(scores_path, scores)
+    return {"losses": losses, "scores": scores}
+
+
+def _task_loss(model: Any, tokenizer: Any, task: Task, job: MeasureJob, progress: Progress) -> dict[str, Any]:
+    with progress.timed("validation", job.round_index, task.name, total=len(task.validation)) as timed:
+        return validation_loss(
+            model,
+            encode_validation(task, tokenizer, job.recipe),
+            pad_id=tokenizer.pad_token_id,
+            batch_size=job.recipe.evaluation.batch_size,
+            where=f"round {job.round_index}, task '{task.name}', merged model, validation",
+            tick=timed.tick,
+        ).to_json()
+
+
+def _task_score(
+    model: Any, tokenizer: Any, task: Task, job: MeasureJob, progress: Progress
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Mean score with its standard error, and what the model said to every test example."""
+    metric = find_metric(task.spec.metric, task.name)
+    answer = generate_answers if metric.kind == "generate" else choose_answers
+    with progress.timed("score", job.round_index, task.name, total=len(task.test)) as timed:
+        outputs = answer(model, tokenizer, task, job.recipe, timed.tick)
+    values = [metric.score(output, example) for output, example in zip(outputs, task.test, strict=True)]
+    score = {
+        "metric": metric.name,
+        "score": fmean(values),
+        "stderr": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+        "num_examples": len(values),
+    }
+    said = [
+        {"row": example.index, "output": output, "score": value}
+        for example, output, value in zip(task.test, outputs, values, strict=True)
+    ]
+    return score, said
+
+
+def generate_answers(model: Any, tokenizer: Any, task: Task, recipe: Recipe, tick: Any = None) -> list[str]:
+    """Greedy continuations of every test prompt, special tokens removed, in order."""
+    from transformers import GenerationConfig
+
+    prompts = [
+        encode_prompt(example, tokenizer, task.spec, f"task '{task.name}', test row {example.index + 1}")
+        for example in task.test
+    ]
+    config = GenerationConfig(
+        max_new_tokens=task.spec.max_new_tokens or recipe.evaluation.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
+    )
+    outputs = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    size = recipe.evaluation.batch_size
+    with torch.inference_mode():
+        for positions in (order[i : i + size] for i in range(0, len(order), size)):
+            length = max(len(prompts[i]) for i in positions)
+            padding = [length - len(prompts[i]) for i in positions]
+            ids_BL = torch.tensor(
+                [[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, positions, strict=True)]
+            )
+            mask_BL = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding])
+            done = model.generate(
+                input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), generation_config=config
+            )
+            for i, text in zip(
+                positions, tokenizer.batch_decode(done[:, length:], skip_special_tokens=True), strict=True
+            ):
+                outputs[i] = text
+            if tick is not None:
+                tick(len(positions))
+    return outputs
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Everything that ends an answer: the generation config's tokens and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def choose_answers(model: Any, tokenizer: Any, task: Task, recipe: Recipe, tick: Any = None) -> list[str]:
+    """The index (as text) of the most likely choice of every test example, by total log-likelihood."""
+    encoded = [
+        encode(
+            example,
+            tokenizer,
+            task.spec,
+            recipe.local_update.max_length,
+            _choice_place(task, example),
+            completion=choice,
+        )
+        for example in task.test
+        for choice in example.choices
+    ]
+    shared: list[Encoded] = encoded
+    sums = negative_log_likelihoods(
+        model,
+        shared,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=recipe.evaluation.batch_size,
+        where=f"task '{task.name}', test choices",
+    )
+    outputs, begin = [], 0
+    for example in task.test:
+        own = sums[begin : begin + len(example.choices)]
+        begin += len(example.choices)
+        outputs.append(str(own.index(min(own))))
+    if tick is not None:
+        tick(len(outputs))
+    return outputs
+
+
+def _choice_place(task: Task, example: Example) -> str:
+    return f"task '{task.name}', test row {example.index + 1}"
+
+
+# ---- scores beside the experts' --------------------------------------------------------------------------------------
+
+
+def normalized(scores: Mapping[str, Any], experts: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """Score over the expert's score per task; average, worst task, and the drop between them.
+
+    A task whose expert scores 0 has no ratio: it is null and stays out of average and worst.
+    """
+    ratios = {task: _ratio(scores[task]["score"], experts[task]["score"]) for task in tasks}
+    defined = {task: ratio for task, ratio in ratios.items() if ratio is not None}
+    if not defined:
+        return {"tasks": ratios, "average": None, "worst": None, "worst_task": None, "drop": None}
+    worst_task = min(defined, key=lambda task: defined[task])
+    average = fmean(defined.values())
+    return {
+        "tasks": ratios,
+        "average": average,
+        "worst": defined[worst_task],
+        "worst_task": worst_task,
+        "drop": average - defined[worst_task],
+    }
+
+
+def _ratio(score: float, expert: float) -> float | None:
+    return score / expert if expert > 0 else None
+
+
+def multi_task_loss(losses: Mapping[str, Any]) -> float:
+    """E(Θ) = (1/T) Σ_τ L_τ(Θ)."""
+    return fmean(entry["loss"] for entry in losses.values())

@@ -1,0 +1,82 @@
+"""Many-shot merging: the method, top to bottom.
+
+    Θ⁰ = pretrained
+    for r = 1..R:
+        for each task τ:   θᵣτ = local_update(Θʳ⁻¹, data_τ, steps_r)
+        G_τ = L_τ(Θʳ⁻¹) − L_τ(θᵣτ)          α = softmax(G / λ)
+        Θʳ = Θ⁰ + M(vʳ₁ … vʳ_T; α)          vʳτ = θᵣτ − Θ⁰
+    return Θᴿ
+
+Each step writes its files, then its record, and does nothing when its record is there: that is all there is to resume.
+"""
+
+from __future__ import annotations
+
+from manyshot.card import write_card
+from manyshot.evaluate import normalized
+from manyshot.rundir import link_atomically, write_json
+from manyshot.steps import (
+    Json,
+    Run,
+    carry_adapter,
+    measure,
+    merge,
+    merge_post_hoc,
+    train_experts,
+    update_locally,
+    weigh,
+)
+
+
+def run_rounds(run: Run) -> Json:
+    """Run the whole recipe; returns what scores.json holds."""
+    summary: Json = {"tasks": list(run.names), "operator": run.recipe.method.name, "rounds": {}}
+
+    # ---- the pretrained model; each task's own expert, to compare with; those experts merged once
+    start = run.pretrained
+    measured = summary["pretrained"] = measure(run, start, run.folder.round(0), round_index=0)
+    if run.recipe.evaluation.experts:
+        summary["experts"] = train_experts(run)
+    if run.recipe.evaluation.post_hoc:
+        summary["post_hoc"] = merge_post_hoc(run, measured["losses"])
+
+    for round_index in range(1, run.recipe.protocol.rounds + 1):
+        folder = run.folder.round(round_index)
+
+        # ---- local updates: every task fine-tunes from the same merged model
+        experts = update_locally(run, start, round_index)
+
+        # ---- loss gaps: who was erased most, and so gets most weight
+        gaps = weigh(run, folder, measured["losses"], experts)
+
+        # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
+        merged = merge(run, folder, round_index, start, experts, gaps["weights"])
+
+        # ---- measure: this round's losses are the next round's start losses
+        measured = measure(run, merged.state, folder, round_index)
+        summary["rounds"][str(round_index)] = measured | gaps | {"kept_share": merged.kept_share}
+        start = carry_adapter(run, folder, merged.state, experts, gaps["weights"])
+
+        # ---- done: the record last
+        write_card(run, folder, round_index, summary)
+        write_json(
+            folder / "DONE.json", {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
+        )
+        link_atomically(run.folder.merged, folder / "merged")
+
+    add_normalized(run, summary)
+    write_json(run.folder.scores, summary)
+    return summary
+
+
+def add_normalized(run: Run, summary: Json) -> None:
+    """Put normalized performance beside every model's scores, where there are experts to compare with."""
+    if "experts" not in summary:
+        return
+    experts = summary["experts"]["scores"]
+    for entry in (
+        summary["pretrained"],
+        *summary["rounds"].values(),
+        *([summary["post_hoc"]] if "post_hoc" in summary else []),
+    ):
+        entry["normalized"] = normalized(entry["scores"], experts, run.names)

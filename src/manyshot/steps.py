@@ -1,0 +1,315 @@
+"""The steps of a round: measure, train, weigh, merge, carry on. rounds.py is the order in which they happen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyshot.base_model import BaseModel
+from manyshot.evaluate import MeasureJob, multi_task_loss, run_measure
+from manyshot.executors import Executor
+from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
+from manyshot.loss_gap import effective_tasks, gap_weights, loss_gaps, uniform_weights
+from manyshot.merge import (
+    average_adapters,
+    expand_adapter,
+    export_model,
+    merge_factors,
+    merge_weights,
+    truncate_to_adapter,
+)
+from manyshot.models import ModelState, choose_placement
+from manyshot.progress import Progress
+from manyshot.recipe import Recipe
+from manyshot.rundir import RunFolder, atomic_folder, content_key, read_json, write_json
+from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
+from manyshot.tasks import Task
+from manyshot.tensors import Checkpoint, file_digest
+
+Json = dict[str, Any]
+# below this share a mask has thrown away nearly everything the tasks learned
+LOW_KEPT_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works with."""
+
+    recipe: Recipe
+    folder: RunFolder
+    base: BaseModel
+    tasks: tuple[Task, ...]
+    executor: Executor
+    progress: Progress
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def pretrained(self) -> ModelState:
+        return ModelState(self.base.path, trust_remote_code=self.recipe.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One task's expert of a round: its model and the record of its local update."""
+
+    task: str
+    state: ModelState
+    record: Json
+
+    @property
+    def loss(self) -> float:
+        value: float = self.record["validation"]["loss"]
+        return value
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The model a round ends with."""
+
+    state: ModelState
+    kept_share: float
+    start_from: str
+    digests: dict[str, str]
+
+
+# ---- measure ---------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, state: ModelState, folder: Path, round_index: int) -> Json:
+    """Validation losses, multi-task loss and test scores of one model on every task."""
+    measured = run.executor.map(
+        run_measure, [MeasureJob(run.recipe, run.tasks, state, folder, round_index)], run.progress
+    )[0]
+    return measured | {"multi_task_loss": multi_task_loss(measured["losses"])}
+
+
+# ---- local updates ---------------------------------------------------------------------------------------------------
+
+
+def update_locally(run: Run, start: ModelState, round_index: int) -> list[Expert]:
+    """The local updates of one round, in recipe order."""
+    protocol = run.recipe.protocol
+    folders = [run.folder.local_update(round_index, name) for name in run.names]
+    steps, before = protocol.steps_in_round(round_index), protocol.steps_before_round(round_index)
+    return _train(run, start, round_index, steps, before, folders)
+
+
+def train_experts(run: Run) -> Json:
+    """Each task alone, from the pretrained model, with all its steps: the denominators, and post-hoc's inputs."""
+    experts = _train(run, run.pretrained, 1, run.recipe.protocol.local_steps, 0, _expert_folders(run))
+    jobs = [
+        MeasureJob(run.recipe, (task,), expert.state, folder, 0, losses=False)
+        for task, expert, folder in zip(run.tasks, experts, _expert_folders(run), strict=True)
+    ]
+    measured = run.executor.map(run_measure, jobs, run.progress)
+    scores = {name: one["scores"][name] for name, one in zip(run.names, measured, strict=True)}
+    return {"losses": {expert.task: expert.record["validation"] for expert in experts}, "scores": scores}
+
+
+def _expert_folders(run: Run) -> list[Path]:
+    return [run.folder.expert(name) for name in run.names]
+
+
+def _train(
+    run: Run, start: ModelState, round_index: int, num_steps: int, steps_before: int, folders: Sequence[Path]
+) -> list[Expert]:
+    recipe = run.recipe
+    update = recipe.local_update
+    inputs = (
+        [run.base.digest, _start_digest(start), update.model_dump(mode="json"), recipe.merge.space, recipe.seed]
+        + [round_index, num_steps, steps_before, recipe.protocol.local_steps]
+        + [recipe.evaluation.loss_on, recipe.evaluation.batch_size]
+    )
+    jobs = [
+        LocalUpdateJob(
+            recipe=recipe,
+            task=task,
+            start=start,
+            base_name=run.base.name,
+            folder=folder,
+            round_index=round_index,
+            num_steps=num_steps,
+            steps_before=steps_before,
+            total_steps=recipe.protocol.local_steps,
+            key=content_key(inputs, task.digest(), task.spec.model_dump(mode="json")),
+        )
+        for task, folder in zip(run.tasks, folders, strict=True)
+    ]
+    for job in jobs:
+        _reuse_expert(job, run.folder.expert(job.task.name))
+    records = run.executor.map(run_local_update, jobs, run.progress)
+    return [
+        Expert(job.task.name, expert_state(start, job.folder), record)
+        for job, record in zip(jobs, records, strict=True)
+    ]
+
+
+def _start_digest(start: ModelState) -> list[str]:
+    """The content of the files that a round starts from."""
+    files = [start.task_vector, start.start_adapter / "adapter_model.safetensors" if start.start_adapter else None]
+    return [file_digest(file) if file else "" for file in files]
+
+
+def _reuse_expert(job: LocalUpdateJob, expert: Path) -> None:
+    """With one round the local updates are the experts: the same inputs, so the same bytes, trained once."""
+    if expert == job.folder or finished_update(job) is not None or finished_update(replace(job, folder=expert)) is None:
+        return
+    with atomic_folder(job.folder) as folder:
+        for name in ("adapter", "model"):
+            if (expert / name).is_dir():
+                shutil.copytree(expert / name, folder / name)
+        shutil.copyfile(expert / RECORD, folder / RECORD)
+
+
+# ---- loss gaps and weights -------------------------------------------------------------------------------------------
+
+
+def weigh(run: Run, folder: Path, start_losses: Json, experts: Sequence[Expert]) -> Json:
+    """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json."""
+    before = [start_losses[expert.task]["loss"] for expert in experts]
+    gaps = loss_gaps(before, [expert.loss for expert in experts])
+    operator = run.recipe.method
+    temperature = getattr(operator, "temperature", None)
+    weights = (
+        gap_weights(gaps, temperature) if operator.uses_loss_gaps and temperature else uniform_weights(len(experts))
+    )
+    record = {
+        "expert_losses": {expert.task: expert.record["validation"] for expert in experts},
+        "loss_gaps": dict(zip(run.names, gaps, strict=True)),
+        "weights": dict(zip(run.names, weights, strict=True)),
+        "effective_tasks": effective_tasks(weights),
+    }
+    write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
+    return record
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], weights: dict[str, float]
+) -> Merged:
+    """Merge one round's experts into task_vector.safetensors, then write merged/ as a normal model folder."""
+    report = merge_task_vectors(run, folder, round_index, start, experts, weights)
+    state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
+    pretrained = Checkpoint(run.base.path)
+    if not (folder / "merged" / "config.json").exists():
+        dtype = run.recipe.merge.output_dtype
+        with run.progress.timed("save", round_index):
+            export_model(
+                pretrained,
+                StoredTaskVector(folder / "task_vector.safetensors"),
+                folder / "merged",
+                dtype=getattr(torch, dtype) if dtype else None,
+            )
+    start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
+    return Merged(state, report["kept_share"], start_from, {"task_vector.safetensors": report["digest"]})
+
+
+def merge_task_vectors(
+    run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], weights: dict[str, float]
+) -> Json:
+    """Write task_vector.safetensors, then merge.json; returns what merge.json says."""
+    record_path, output = folder / "merge.json", folder / "task_vector.safetensors"
+    operator = run.recipe.method.at_round(round_index)
+    in_order = [weights[expert.task] for expert in experts]
+    seed_parts = (run.recipe.seed, "operator", round_index)
+    pretrained = Checkpoint(run.base.path)
+    if not record_path.exists():
+        with run.progress.timed("merge", round_index):
+            if run.recipe.merge.space == "factors":
+                adapters = [_adapter(expert) for expert in experts]
+                report = merge_factors(
+                    run.names, adapters, operator, in_order, folder / "carried_adapter", seed_parts=seed_parts
+                )
+                expand_adapter(pretrained, folder / "carried_adapter", output)
+            else:
+                stored = StoredTaskVector(start.task_vector) if start.task_vector else None
+                report = merge_weights(
+                    pretrained,
+                    stored,
+                    run.names,
+                    [_update(expert, pretrained, stored) for expert in experts],
+                    operator,
+                    in_order,
+                    output,
+                    reference=run.recipe.merge.reference,
+                    seed_parts=seed_parts,
+                )
+            write_json(record_path, report.to_json() | {"digest": file_digest(output), "weights": weights})
+    record = read_json(record_path)
+    _report_merge(run, round_index, record)
+    return record
+
+
+def _adapter(expert: Expert) -> Path:
+    assert expert.state.adapter is not None  # the recipe allows space: factors for LoRA only
+    return expert.state.adapter
+
+
+def _update(expert: Expert, pretrained: Checkpoint, start: StoredTaskVector | None) -> Update:
+    """What an expert adds to the model its round started from."""
+    if expert.state.full is not None:
+        return ModelUpdate(expert.state.full, pretrained, start)
+    return AdapterUpdate(_adapter(expert), expert.state.start_adapter)
+
+
+def _report_merge(run: Run, round_index: int, record: Json) -> None:
+    """Say who got weight and how much was kept, and warn when that is nearly nothing."""
+    effective = effective_tasks(list(record["weights"].values()))
+    shares = ", ".join(f"{task} {weight:.3f}" for task, weight in record["weights"].items())
+    name = f"round {round_index}" if round_index else "post-hoc"
+    run.progress.message(
+        f"{name}: weights {shares} ({effective:.2f} effective tasks); {record['kept_share']:.1%} of coordinates kept"
+    )
+    if record["kept_share"] < LOW_KEPT_SHARE:
+        run.progress.message(
+            f"{name}: warning: the mask kept almost nothing; lower operator.mask_threshold or operator.min_agreement, "
+            "or raise operator.temperature"
+        )
+
+
+def merge_post_hoc(run: Run, pretrained_losses: Json) -> Json:
+    """The same operator, once, over the experts: what many-shot is compared with, at equal steps and examples."""
+    experts = _train(run, run.pretrained, 1, run.recipe.protocol.local_steps, 0, _expert_folders(run))
+    folder = run.folder.post_hoc
+    gaps = weigh(run, folder, pretrained_losses, experts)
+    record = merge_task_vectors(run, folder, 0, run.pretrained, experts, gaps["weights"])
+    state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
+    return measure(run, state, folder, 0) | gaps | {"kept_share": record["kept_share"]}
+
+
+# ---- the next round's start ------------------------------------------------------------------------------------------
+
+
+def carry_adapter(
+    run: Run, folder: Path, merged: ModelState, experts: Sequence[Expert], weights: dict[str, float]
+) -> ModelState:
+    """The model the next round starts from: merged weights, and what its adapters start from (`adapter_start`)."""
+    how, carried = run.recipe.local_update.adapter_start, folder / "carried_adapter"
+    if run.recipe.merge.space == "factors":
+        return replace(merged, start_adapter=carried)
+    if how == "fresh":
+        return merged
+    if not carried.exists():
+        with run.progress.timed("merge", 0):
+            adapters = [_adapter(expert) for expert in experts]
+            if how == "averaged":
+                average_adapters(adapters, [weights[expert.task] for expert in experts], carried)
+            else:
+                assert merged.task_vector is not None
+                truncate_to_adapter(StoredTaskVector(merged.task_vector), adapters[0], carried)
+    return replace(merged, start_adapter=carried)
+
+
+def placement_text(recipe: Recipe) -> str:
+    """`float32 on cpu`: what `dtype: auto` and `device: auto` came to."""
+    return choose_placement(recipe.local_update).text
