@@ -104,7 +104,7 @@ def _is_intact(folder: Path, source: str) -> bool:
         return False
     try:
         manifest = read_json(folder / MANIFEST)
-        return manifest["source"] == source and manifest["files"] == _digests(folder)
+        return bool(manifest["source"] == source and manifest["files"] == _digests(folder))
     except (ManyshotError, KeyError):
         return False
 

@@ -1,4 +1,4 @@
-"""The model card of a merged model: what it was made of, how, and how it scores. Written into its folder's README.md."""
+"""The model card of a merged model, in its folder's README.md: what it was made of, how, and how it scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def write_card(run: Run, folder: Path, round_index: int, summary: dict[str, Any]
 # {run.base.name.rsplit("/", 1)[-1]}, merged from {len(run.names)} tasks
 
 Made with [manyshot](https://pypi.org/project/manyshot/) by many-shot merging ({PAPER}): round {round_index} of
-{run.recipe.protocol.rounds}, operator `{run.recipe.method.name}`, {run.recipe.protocol.local_steps} local steps per task in all.
+{run.recipe.protocol.rounds}, operator `{run.recipe.method.name}`,
+{run.recipe.protocol.local_steps} local steps per task in all.
 
 ## Scores on the test splits
 

@@ -44,7 +44,9 @@ def check_merged(run: Run, summary: dict[str, Any]) -> None:
                 ).loss
             expected = recorded[task.name]["loss"]
             if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
-                raise ModelError(f"{folder}: validation loss of task '{task.name}' is {found:.6f}, recorded {expected:.6f}")
+                raise ModelError(
+                    f"{folder}: validation loss of task '{task.name}' is {found:.6f}, recorded {expected:.6f}"
+                )
 
 
 def compare_tensors(run: Run, merged: Checkpoint) -> None:

@@ -75,7 +75,8 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
         tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
         examples = _training_examples(job, tokenizer)
-        model = _start_model(job, placement)
+        with progress.timed("load", job.round_index, job.task.name):
+            model = _start_model(job, placement)
         losses = _train(model, tokenizer, examples, job, placement, progress, where)
         with progress.timed("save", job.round_index, job.task.name):
             _save_expert(model, job)

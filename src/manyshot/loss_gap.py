@@ -2,16 +2,15 @@
 
 One evaluator for every model that is compared: fixed order, no packing, eval mode, float32 log-probabilities summed in
 float64, mean over counted tokens. Logits are computed only where they are counted.
-Shapes: B = examples of a batch, L = padded length, K = last positions that hold every counted token, V = vocabulary.
+Shapes: B = examples of a batch, L = padded length, N = counted tokens of the batch, V = vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,56 +38,52 @@ class ValidationLoss:
         return asdict(self)
 
 
-def pad_left(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch padded on the left, so that the counted tokens, which come last, line up at the end: (B, L) each."""
+def pad_right(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of examples, padded on the right: input_ids, attention_mask and labels, (B, L) each."""
     length = max(len(example.input_ids) for example in examples)
     input_ids_BL = torch.full((len(examples), length), pad_id, dtype=torch.long)
     labels_BL = torch.full((len(examples), length), IGNORED, dtype=torch.long)
     mask_BL = torch.zeros((len(examples), length), dtype=torch.long)
     for row, example in enumerate(examples):
-        begin = length - len(example.input_ids)
         ids = torch.tensor(example.input_ids, dtype=torch.long)
-        input_ids_BL[row, begin:] = ids
-        mask_BL[row, begin:] = 1
-        labels_BL[row, begin + example.num_context :] = ids[example.num_context :]
-    position_ids_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": input_ids_BL, "attention_mask": mask_BL, "position_ids": position_ids_BL, "labels": labels_BL}
+        input_ids_BL[row, : len(ids)] = ids
+        mask_BL[row, : len(ids)] = 1
+        labels_BL[row, example.num_context : len(ids)] = ids[example.num_context :]
+    return {"input_ids": input_ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
 
 
 def counted_logits(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], parameters: frozenset[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, K, V) that predict the last K tokens, and those tokens' labels (B, K), IGNORED where not counted.
+    forward: Callable[..., Any], head: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (N, V) that predict the N counted tokens of a batch, those tokens (N,), and their rows (N,).
 
-    `parameters` are the names that the model's forward takes; one without `logits_to_keep` computes all logits.
+    The hidden states are thinned out on their way into the output head, so that the model's own forward, with whatever
+    it does to its logits (soft-capping, scaling), computes nothing else.
     """
-    labels_BL = batch["labels"]
-    num_last = int((labels_BL != IGNORED).any(0).nonzero().amin().sub(labels_BL.shape[1]).neg())
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels" and name in parameters}
-    if "logits_to_keep" in parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=num_last + 1).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, -(num_last + 1) :]
-    return logits[:, :-1], labels_BL[:, -num_last:]
+    counted_BL = batch["labels"][:, 1:] != IGNORED
 
+    def keep_counted(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0][:, :-1][counted_BL][None], *inputs[1:])
 
-def forward_parameters(model: torch.nn.Module) -> frozenset[str]:
-    """Names that a transformers model's forward takes (a PEFT wrapper hides them)."""
-    return frozenset(inspect.signature(type(model).forward).parameters)
+    handle = head.register_forward_pre_hook(keep_counted)
+    try:
+        output = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        handle.remove()
+    return output.logits[0], batch["labels"][:, 1:][counted_BL], counted_BL.nonzero()[:, 0]
 
 
 def make_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Positions of examples in batches of like length: longest first, ties in order. The same for every model."""
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), i))
     batch: list[int] = []
-    longest = 0
+    num_counted = 0
     for i in order:
-        longest_with = max(longest, encoded[i].num_counted)
-        if batch and (len(batch) == batch_size or longest_with * (len(batch) + 1) > MAX_LOGIT_POSITIONS):
+        if batch and (len(batch) == batch_size or num_counted + encoded[i].num_counted > MAX_LOGIT_POSITIONS):
             yield batch
-            batch, longest_with = [], encoded[i].num_counted
+            batch, num_counted = [], 0
         batch.append(i)
-        longest = longest_with
+        num_counted += encoded[i].num_counted
     if batch:
         yield batch
 
@@ -109,15 +104,14 @@ def negative_log_likelihoods(
     was_training = model.training
     model.eval()
     sums = [0.0] * len(encoded)
-    parameters = forward_parameters(model)
+    head = model.get_output_embeddings()
     with torch.inference_mode():
         for positions in make_batches(encoded, batch_size):
-            batch = {name: t.to(model.device) for name, t in pad_left([encoded[i] for i in positions], pad_id).items()}
-            logits_BKV, labels_BK = counted_logits(model, batch, parameters)
-            losses_BK = torch.nn.functional.cross_entropy(
-                logits_BKV.float().flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORED, reduction="none"
-            ).view(labels_BK.shape)
-            for i, total in zip(positions, losses_BK.double().sum(1).tolist(), strict=True):
+            batch = {name: t.to(model.device) for name, t in pad_right([encoded[i] for i in positions], pad_id).items()}
+            logits_NV, labels_N, rows_N = counted_logits(model, head, batch)
+            losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none").double()
+            totals_B = torch.zeros(len(positions), dtype=torch.float64).index_add_(0, rows_N.cpu(), losses_N.cpu())
+            for i, total in zip(positions, totals_B.tolist(), strict=True):
                 if not math.isfinite(total):
                     raise DataError(f"{where}, row {encoded[i].index + 1}: the loss is {total}")
                 sums[i] = total

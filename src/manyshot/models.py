@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from manyshot.recipe import LocalUpdate, Recipe
 from manyshot.rundir import atomic_folder, write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
-from manyshot.tensors import Checkpoint
+from manyshot.tensors import Checkpoint, write_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -185,7 +184,7 @@ def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> None:
 def add_adapter(
     model: PreTrainedModel, recipe: Recipe, task: str, seed_parts: tuple[str | int, ...], start: Path | None
 ) -> PeftModel:
-    """Put LoRA on the model: A drawn from a generator named by `seed_parts` and the tensor, B zero; or both from `start`.
+    """Put LoRA on the model: A from a generator named by `seed_parts` and the tensor, B zero; or both from `start`.
 
     PEFT's own initialisation draws from global state, so the same values are drawn again here, tensor by tensor.
     """
@@ -297,10 +296,8 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def save_full(model: PreTrainedModel, folder: Path, names: Mapping[str, object]) -> None:
+def save_full(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> None:
     """Save every trained tensor of a fully fine-tuned model in its training type, under the base checkpoint's names."""
-    from manyshot.tensors import write_tensors
-
     with atomic_folder(folder) as partial:
         tensors = {name: find_parameter(model, name).detach() for name in names}
         for name, tensor in tensors.items():
@@ -308,13 +305,6 @@ def save_full(model: PreTrainedModel, folder: Path, names: Mapping[str, object])
                 raise ModelError(f"tensor '{name}': holds NaN or Inf after training; the local update diverged")
         write_tensors(partial / "model.safetensors", tensors)
         model.config.save_pretrained(str(partial))
-
-
-def copy_tokenizer_files(source: Path, folder: Path) -> None:
-    """Copy the files that transformers needs to find a tokenizer."""
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")):
-            shutil.copyfile(file, folder / file.name)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -158,11 +158,11 @@ class Recipe(_Section):
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings along")
     tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(min_length=1)
-    protocol: Protocol = Field(default_factory=Protocol)
-    operator: _operator_union() = Field(default_factory=Metis)  # type: ignore[valid-type]
-    merge: Merge = Field(default_factory=Merge)
-    local_update: LocalUpdate = Field(default_factory=LocalUpdate)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
+    protocol: Protocol = Protocol()
+    operator: _operator_union() = Metis()  # type: ignore[valid-type]
+    merge: Merge = Merge()
+    local_update: LocalUpdate = LocalUpdate()
+    evaluation: Evaluation = Evaluation()
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -74,9 +74,6 @@ def add_normalized(run: Run, summary: Json) -> None:
     if "experts" not in summary:
         return
     experts = summary["experts"]["scores"]
-    for entry in (
-        summary["pretrained"],
-        *summary["rounds"].values(),
-        *([summary["post_hoc"]] if "post_hoc" in summary else []),
-    ):
+    models = [summary["pretrained"], summary.get("post_hoc"), *summary["rounds"].values()]
+    for entry in filter(None, models):
         entry["normalized"] = normalized(entry["scores"], experts, run.names)

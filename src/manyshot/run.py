@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,16 +116,17 @@ def run(
     """
     folder = RunFolder(output)
     claim_folder(folder, resume=resume, force=force)
-    inputs = check_inputs(recipe)
     progress = Progress(listener, folder.metrics)
+    began = time.time()
+    inputs = check_inputs(recipe)
     describe(recipe, folder, inputs, command)
-    progress.record("begin", resumed=resume)
+    progress.record("begin", began=round(began, 3), resumed=resume)
     progress.message(f"computing in {choose_placement(recipe.local_update).text}")
     current = Run(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress)
     scores = run_rounds(current)
     check_merged(current, scores)
+    progress.record("end")
     seconds = phase_seconds(folder)
-    progress.record("end", seconds=seconds)
     return RunResult(output, folder.merged, scores, seconds)
 
 
@@ -153,10 +155,14 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
         old = yaml.safe_load(folder.recipe.read_text("utf-8"))
         changed = differences(old, yaml.safe_load(text))
         if changed:
-            raise RunFolderError(f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; use --force to start over")
+            raise RunFolderError(
+                f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; use --force to start over"
+            )
         before = read_json(folder.environment)["identity"]
         for key in differences(before, identity):
-            raise RunFolderError(f"{folder.path}: the content of {key.split(':')[0]} changed since the run began; use --force")
+            raise RunFolderError(
+                f"{folder.path}: the content of {key.split(':')[0]} changed since the run began; use --force"
+            )
         return
     write_text(folder.recipe, text)
     write_json(folder.splits, {task.name: dict(task.splits) for task in inputs.tasks})
@@ -188,22 +194,23 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """`key: old -> new` for every leaf in which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted({*old, *new})
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))]
+        return [
+            line for name in names for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
     return [] if old == new else [f"{key}: {old} -> {new}"]
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, float]:
     """Seconds per phase from metrics.jsonl, the whole wall time, and the share that is not training or evaluation."""
     totals: dict[str, float] = {}
-    wall, began = 0.0, 0.0
+    wall, began, last = 0.0, None, 0.0
     for line in read_lines(folder.metrics):
+        if line.get("kind") == "begin":  # a resumed run begins again; the pause does not count
+            wall += last - began if began is not None else 0.0
+            began = line["began"]
         if line.get("kind") == "phase":
             totals[line["phase"]] = totals.get(line["phase"], 0.0) + line["seconds"]
-        if line.get("kind") == "begin":
-            began = line["time"]
-        wall = max(wall, 0.0) if line.get("kind") == "begin" else wall
         last = line["time"]
-        if began:
-            wall = last - began
+    wall += last - began if began is not None else 0.0
     work = sum(totals.get(phase, 0.0) for phase in WORK_PHASES)
     return totals | {"wall": wall, "overhead": wall - work, "overhead_share": (wall - work) / wall if wall else 0.0}

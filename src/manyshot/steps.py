@@ -123,11 +123,11 @@ def _train(
 ) -> list[Expert]:
     recipe = run.recipe
     update = recipe.local_update
-    inputs = (
-        [run.base.digest, _start_digest(start), update.model_dump(mode="json"), recipe.merge.space, recipe.seed]
-        + [round_index, num_steps, steps_before, recipe.protocol.local_steps]
-        + [recipe.evaluation.loss_on, recipe.evaluation.batch_size]
-    )
+    inputs = [
+        *(run.base.digest, _start_digest(start), update.model_dump(mode="json"), recipe.merge.space, recipe.seed),
+        *(round_index, num_steps, steps_before, recipe.protocol.local_steps),
+        *(recipe.evaluation.loss_on, recipe.evaluation.batch_size),
+    ]
     jobs = [
         LocalUpdateJob(
             recipe=recipe,

@@ -140,8 +140,8 @@ def _choose_rows(
             picked = permutation(len(rows[split]), recipe.seed, "sample", name, split)[:size]
             chosen[split] = (split, sorted(picked))
         else:
-            size = min(size, len(rows["train"]) // 5)
-            picked, order = order[:size], order[size:]
+            cut = min(size, len(rows["train"]) // 5)
+            picked, order = order[:cut], order[cut:]
             chosen[split] = ("train", sorted(picked))
             held_out |= {_row_key(rows["train"][i]) for i in picked}
     kept = [i for i in order if _row_key(rows["train"][i]) not in held_out] if held_out else order
@@ -160,8 +160,8 @@ def to_example(row: Row, index: int, spec: TaskSpec, where: str) -> Example:
     columns = next((columns for columns in FORMATS if all(row.get(column) is not None for column in columns)), None)
     if columns is None:
         raise DataError(
-            f"{where}: no usable columns; it has {', '.join(sorted(row)) or 'none'}; needed are messages, or prompt and "
-            "completion, or instruction and output, or text; map other names with 'columns'"
+            f"{where}: no usable columns; it has {', '.join(sorted(row)) or 'none'}; needed are messages, or prompt "
+            "and completion, or instruction and output, or text; map other names with 'columns'"
         )
     prompt, completion = _prompt_and_completion(row, columns, where)
     if spec.system_prompt is not None:

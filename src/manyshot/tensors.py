@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,6 +70,7 @@ class Checkpoint:
         self.path = path
         self._file_of: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, Any] = {}
         for file in find_weight_files(path):
             self._read_header(file)
         self.names: tuple[str, ...] = tuple(sorted(self._infos))
@@ -94,15 +95,20 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor in its stored type."""
-        with safe_open(self._file_of[name], framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
+        tensor: torch.Tensor = self._open(name).get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of the first dimension, in the stored type."""
-        with safe_open(self._file_of[name], framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_slice(name)[start:stop]
+        tensor: torch.Tensor = self._open(name).get_slice(name)[start:stop]
         return tensor
+
+    def _open(self, name: str) -> Any:
+        """The memory-mapped file of a tensor, opened once: parsing its header costs more than reading a tile."""
+        file = self._file_of[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
 
     @property
     def num_bytes(self) -> int:
@@ -187,7 +193,7 @@ class SafetensorsWriter:
         if (name, found) != (expected, info):
             raise ModelError(f"tensor '{name}' ({found}) was written where '{expected}' ({info}) belongs")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._stream.write(flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -1,8 +1,7 @@
 """The trainer of a local update: TRL's SFTTrainer on examples that are tokenised, ordered and batched already.
 
-Two things differ from a bare SFTTrainer. Batches are padded on the left, so that logits are computed for the last
-positions only, where the counted tokens are. And the learning rate follows a list of multipliers, one per step, so that
-a schedule can run over all rounds.
+Two things differ from a bare SFTTrainer: logits are computed by the same code as in the loss gap, for counted tokens
+only, and the learning rate follows a list of multipliers, one per step, so that a schedule can run over all rounds.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from manyshot.errors import ManyshotError, RecipeError, suggestion
-from manyshot.loss_gap import IGNORED, counted_logits, forward_parameters, pad_left
+from manyshot.loss_gap import IGNORED, counted_logits, pad_right
 from manyshot.models import Placement
 from manyshot.recipe import LocalUpdate
 from manyshot.tasks import Encoded
@@ -52,21 +51,21 @@ RESERVED = {
 
 
 class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that computes logits only where they are counted, on left-padded batches."""
+    """SFTTrainer that computes logits only where they are counted."""
 
     multipliers: Sequence[float] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._forward_parameters = forward_parameters(plain)
+        self._head = plain.get_output_embeddings()
         self.step_losses: list[float] = []
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """One multiplier of the learning rate per step, as the recipe's schedule gives them."""
         if self.lr_scheduler is None:
             values = self.multipliers
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: values[min(step, len(values) - 1)]
             )
             self._created_lr_scheduler = True
@@ -78,19 +77,16 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
         """Mean cross-entropy over the counted tokens of the whole batch (accumulation included)."""
         if self.args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits_BKV, labels_BK = counted_logits(model, inputs, self._forward_parameters)
-        counted_BK = labels_BK != IGNORED
-        total = torch.nn.functional.cross_entropy(
-            logits_BKV[counted_BK].float(), labels_BK[counted_BK], reduction="sum"
-        )
-        return total / (counted_BK.sum() if num_items_in_batch is None else num_items_in_batch)
+        logits_NV, labels_N, _ = counted_logits(model, self._head, inputs)
+        total = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        return total / (labels_N.numel() if num_items_in_batch is None else num_items_in_batch)
 
     def finite_losses(self, where: str) -> list[float]:
         """The loss of every step. Raises ManyshotError naming the first step whose loss is NaN or Inf."""
         for step, loss in enumerate(self.step_losses, start=1):
             if not math.isfinite(loss):
                 raise ManyshotError(
-                    f"{where}, step {step}: the training loss is {loss}; lower local_update.learning_rate or use float32"
+                    f"{where}, step {step}: the training loss is {loss}; lower local_update.learning_rate"
                 )
         return self.step_losses
 
@@ -126,9 +122,10 @@ def make_trainer(
         args=trainer_arguments(update, len(multipliers), placement, seed, scratch),
         train_dataset=_dataset(examples),
         processing_class=tokenizer,
-        data_collator=lambda rows: pad_left([_encoded(row) for row in rows], tokenizer.pad_token_id),
+        data_collator=lambda rows: pad_right([_encoded(row) for row in rows], tokenizer.pad_token_id),
     )
     trainer.multipliers = multipliers
+    trainer.remove_callback(PrinterCallback)  # the library never prints
     trainer.add_callback(_StepCallback(trainer.step_losses, on_step))
     return trainer
 

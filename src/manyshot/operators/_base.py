@@ -28,6 +28,8 @@ class Operator:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     uses_loss_gaps: ClassVar[bool] = False
 
+    name: str
+
     def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Merge (T, P) float32 task vectors with (T,) float32 weights that sum to 1 into a (P,) float32 vector."""
         raise TypeError(f"{type(self).__name__} does not define merge()")

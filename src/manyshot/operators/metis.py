@@ -30,6 +30,7 @@ class Metis(Operator):
 
     def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """(T, P) float32 task vectors and (T,) gap weights -> (P,) float32."""
+        assert isinstance(self.scaling, int | float)  # at_round() has chosen this round's value
         weighted_TP = weighted_task_vectors(task_vectors_TP, weights_T)
         total_P = sum_in_order(weighted_TP)
         keep_P = consensus_mask(weighted_TP, total_P, self.mask_threshold, self.min_agreement)
