@@ -141,14 +141,13 @@ def _resolve_paths(raw: dict[str, Any], source: _Source, folder: Path) -> list[s
     """Make local paths absolute (seen from the recipe's folder, else the current one) and report missing ones."""
     problems = []
     for key, holder in _path_holders(raw):
-        value = holder[key[-1]]
+        value = holder[str(key[-1])]
         if not isinstance(value, str) or value.startswith("demo:"):
             continue
-        found = next(
-            (base / value for base in (folder, Path.cwd()) if (base / Path(value).expanduser()).exists()), None
-        )
+        path = Path(value).expanduser()
+        found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), None)
         if found is not None:
-            holder[key[-1]] = str((found.parent / found.name).expanduser().resolve())
+            holder[str(key[-1])] = str(found.resolve())
         elif _looks_local(value):
             problems.append(f"{source.place(key)}: {_dotted(key)}: no such file or folder: {value}")
     return problems
@@ -158,10 +157,12 @@ def _path_holders(raw: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
     if "model" in raw:
         yield ("model",), raw
     tasks = raw.get("tasks")
-    for name, spec in list(tasks.items()) if isinstance(tasks, dict) else []:
+    if not isinstance(tasks, dict):
+        return
+    raw["tasks"] = own_tasks = {name: dict(spec) if isinstance(spec, dict) else spec for name, spec in tasks.items()}
+    for name, spec in own_tasks.items():
         if isinstance(spec, dict):
-            tasks[name] = own = dict(spec)
-            yield from ((("tasks", name, key), own) for key in PATH_KEYS if key in own)
+            yield from ((("tasks", name, key), spec) for key in PATH_KEYS if key in spec)
 
 
 def _looks_local(value: str) -> bool:
@@ -197,9 +198,8 @@ def _real_key(location: Sequence[str | int], raw: object) -> Key:
     key: list[str | int] = []
     node: Any = raw
     for i, part in enumerate(location):
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
-        ):
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if inside:
             key.append(part)
             node = node[part]
         elif i == len(location) - 1 and part != "[key]" and isinstance(node, dict):
@@ -235,9 +235,8 @@ def _cross_problems_of_broken(raw: dict[str, Any], source: _Source, error: Valid
     try:
         Recipe.model_validate(kept)
     except ValidationError as rest:
-        return [
-            _explain(details, raw, source) for details in rest.errors(include_url=False) if details["type"] == "cross"
-        ]
+        errors = [details for details in rest.errors(include_url=False) if details["type"] == "cross"]
+        return [line for details in errors for line in _explain(details, raw, source)]
     return []
 
 
