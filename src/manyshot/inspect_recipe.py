@@ -1,0 +1,178 @@
+"""What a recipe means before it runs: `validate` loads everything for real, `plan` says what it will cost."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from manyshot.models import choose_placement, load_config, load_tokenizer, meta_model, quiet_transformers
+from manyshot.recipe import Recipe
+from manyshot.run import Inputs, check_inputs
+from manyshot.tasks import Encoded, Task, encode_all
+from manyshot.tensors import Checkpoint
+from manyshot.trainer import learning_rate_multipliers
+
+# Fewer full-rate steps than this in a round and its experts have hardly moved before they are merged.
+STARVED_STEPS = 6.0
+SAMPLE = 200
+
+
+def validate_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Sizes, token counts and one formatted example per task; raises ManyshotError for what cannot be used."""
+    inputs = check_inputs(recipe)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
+        tasks = {task.name: _describe_task(recipe, task, tokenizer) for task in inputs.tasks}
+    return {
+        "model": {"name": inputs.base.name, "path": str(inputs.base.path), "digest": inputs.base.digest},
+        "placement": choose_placement(recipe.local_update).text,
+        "tasks": tasks,
+        "warnings": warnings(recipe),
+    }
+
+
+def _describe_task(recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:
+    update = recipe.local_update
+    encoded = {
+        "train": encode_all(task.train, tokenizer, task, "train", update.max_length, update.loss_on),
+        "validation": encode_all(
+            task.validation, tokenizer, task, "validation", update.max_length, recipe.evaluation.loss_on
+        ),
+        "test": encode_all(task.test, tokenizer, task, "test", update.max_length, update.loss_on),
+    }
+    return {
+        "metric": task.spec.metric,
+        "splits": {split: _describe_split(examples) for split, examples in encoded.items()},
+        "dropped": task.splits["dropped"],
+        "example": _marked(encoded["train"][0], tokenizer),
+    }
+
+
+def _describe_split(encoded: list[Encoded]) -> dict[str, float]:
+    return {
+        "examples": len(encoded),
+        "mean_tokens": fmean(len(example.input_ids) for example in encoded),
+        "mean_counted_tokens": fmean(example.num_counted for example in encoded),
+        "truncated_share": fmean(example.truncated for example in encoded),
+    }
+
+
+def _marked(example: Encoded, tokenizer: Any) -> dict[str, str]:
+    """The text of an example, cut where counting begins."""
+    ids = list(example.input_ids)
+    return {
+        "context": tokenizer.decode(ids[: example.num_context]),
+        "counted": tokenizer.decode(ids[example.num_context :]),
+    }
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What is allowed and still likely to disappoint."""
+    found = []
+    protocol, update = recipe.protocol, recipe.local_update
+    for r in range(1, protocol.rounds + 1):
+        steps, before = protocol.steps_in_round(r), protocol.steps_before_round(r)
+        full_rate = math.fsum(learning_rate_multipliers(update, steps, before, protocol.local_steps))
+        if protocol.rounds > 1 and full_rate < STARVED_STEPS:
+            found.append(
+                f"round {r} is starved: its {steps} steps amount to {full_rate:.1f} steps at the full learning rate "
+                f"(warm-up and decay included), and fewer than {STARVED_STEPS:g} hardly move an expert before it is "
+                "merged; use fewer rounds, more protocol.local_steps, or local_update.lr_schedule: constant"
+            )
+            break
+    if recipe.merge.space == "factors":
+        found.append(
+            "merge.space: factors merges A and B themselves, the form of the paper's released script; "
+            "(ΣαB)(ΣαA) is not Σα·B·A, so the result is not the weighted mean of the experts"
+        )
+    return found
+
+
+def plan_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Steps, examples, tokens, disk and memory of a run; sizes in bytes."""
+    inputs = check_inputs(recipe)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
+        lengths = {task.name: _mean_length(recipe, task, tokenizer) for task in inputs.tasks}
+    protocol, evaluation = recipe.protocol, recipe.evaluation
+    num_tasks, rounds = len(inputs.tasks), protocol.rounds
+    trainings = 1 + (1 if evaluation.experts and rounds > 1 else 0)  # with one round the experts are the round
+    examples = trainings * protocol.local_steps * recipe.local_update.batch_size
+    return {
+        "starts": ["round 1 starts from the pretrained model"]
+        + (["every later round starts from the merged model of the round before"] if rounds > 1 else []),
+        "rounds": [{"round": r, "steps_per_task": protocol.steps_in_round(r)} for r in range(1, rounds + 1)],
+        "optimizer_steps": trainings * protocol.local_steps * num_tasks,
+        "training_examples": examples * num_tasks,
+        "training_tokens": round(sum(lengths.values()) * examples),
+        "mean_tokens_per_example": lengths,
+        "validation_passes": num_tasks * (2 * rounds + 1 + (1 if evaluation.experts else 0) + 1),
+        "test_passes": num_tasks * (1 + rounds + (1 if evaluation.experts else 0) + (1 if evaluation.post_hoc else 0)),
+        "disk_bytes": _disk(recipe, inputs),
+        "memory_bytes": _memory(recipe, inputs, max(lengths.values())),
+        "placement": choose_placement(recipe.local_update).text,
+        "warnings": warnings(recipe),
+    }
+
+
+def _mean_length(recipe: Recipe, task: Task, tokenizer: Any) -> float:
+    update = recipe.local_update
+    sample = encode_all(task.train[:SAMPLE], tokenizer, task, "train", update.max_length, update.loss_on)
+    return fmean(len(example.input_ids) for example in sample)
+
+
+def _changed_sizes(recipe: Recipe, inputs: Inputs) -> tuple[int, int]:
+    """(entries of the tensors that training changes, LoRA parameters of one adapter)."""
+    model = meta_model(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
+    update = recipe.local_update
+    if update.method == "full":
+        changed = sum(parameter.numel() for parameter in model.parameters())
+        return changed, 0
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(name.endswith(target) for target in update.target_modules)
+    ]
+    changed = sum(layer.weight.numel() for layer in layers)
+    rank = max(recipe.rank_of(task) for task in recipe.tasks)
+    return changed, sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
+    """What the run folder will hold."""
+    changed, lora = _changed_sizes(recipe, inputs)
+    evaluation, rounds = recipe.evaluation, recipe.protocol.rounds
+    trainings = len(recipe.tasks) * (rounds + (1 if evaluation.experts else 0))
+    expert_bytes = 4 * (lora if recipe.local_update.method == "lora" else changed)
+    carried = rounds if recipe.merge.space == "factors" or recipe.local_update.adapter_start != "fresh" else 0
+    parts = {
+        "experts": trainings * expert_bytes + carried * expert_bytes,
+        "task_vectors": 4 * changed * (rounds + (1 if evaluation.post_hoc else 0)),
+        "merged_models": Checkpoint(inputs.base.path).num_bytes * rounds,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:
+    """Peak of a local update: weights, trainable state, activations, logits. An estimate from the model's shape."""
+    changed, lora = _changed_sizes(recipe, inputs)
+    update = recipe.local_update
+    config = load_config(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
+    config = config.get_text_config()
+    width = choose_placement(update).dtype.itemsize
+    total = sum(Checkpoint(inputs.base.path).info(name).num_elements for name in Checkpoint(inputs.base.path).names)
+    micro = update.micro_batch_size or update.batch_size
+    tokens = micro * min(update.max_length, 2 * mean_length)
+    trained = lora or changed
+    # per token and layer: about 16 hidden-sized and 4 MLP-sized values are kept for the backward pass
+    per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 0))
+    parts = {
+        "weights": total * width,
+        "optimizer": trained * 16,  # float32 master, gradient and two moments
+        "activations": int(tokens * per_token * width),
+        "logits": int(tokens * config.vocab_size * 4 * 2),
+    }
+    return parts | {"total": sum(parts.values())}

@@ -1,0 +1,80 @@
+"""`manyshot init`: a commented recipe, generated from the recipe's own declarations, so that it cannot go stale."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from manyshot.operators import Metis
+from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, TaskSpec
+
+HEAD = """\
+# A recipe for manyshot: `manyshot validate` checks it, `manyshot plan` says its cost, `manyshot run` runs it.
+# Every key below stands at its default; delete what you do not change. Paths are seen from this file's folder.
+
+model: demo:smollm2-135m-instruct    # or a Hub id, a local model folder, a .gguf file
+
+# Two tasks or more. A row may be: messages; prompt + completion (texts or messages); instruction + input + output; text.
+tasks:
+  math: {data: "demo:math", metric: exact_match}
+  safety: {data: "demo:safety", metric: refusal}
+  # own:
+  #   train: data/own.train.jsonl          # validation and test are cut from it by the seed when not given
+  #   metric: exact_match                  # exact_match, choice_accuracy, instruction_checks, refusal
+  #   columns: {prompt: question, completion: answer}
+"""
+
+
+def starter_recipe() -> str:
+    """The text of a recipe that validates as it is."""
+    parts = [HEAD, "# further keys of a task:", *_comment(_keys(TaskSpec, skip=("data", "metric")), "  # ")]
+    parts += ["", "protocol:", *_lines(Protocol), "", "operator:", *_operator_lines(Metis())]
+    for name, section in (("merge", Merge), ("local_update", LocalUpdate), ("evaluation", Evaluation)):
+        parts += ["", f"{name}:", *_lines(section)]
+    return "\n".join([*parts, "", "seed: 0", ""])
+
+
+def _lines(section: type[BaseModel]) -> list[str]:
+    return [f"  {line}" for line in _keys(section)]
+
+
+def _keys(section: type[BaseModel], skip: tuple[str, ...] = ()) -> list[str]:
+    """`key: default    # description` for every key of a section."""
+    lines = []
+    for name, field in section.model_fields.items():
+        if name in skip:
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default is PydanticUndefined else _yaml(default)
+        lines.append(
+            f"{name}: {shown}".ljust(44) + f"# {field.description}" if field.description else f"{name}: {shown}"
+        )
+    return lines
+
+
+def _operator_lines(operator: Metis) -> list[str]:
+    notes = {
+        "temperature": "λ: small lets the task with the largest loss gap take all weight",
+        "mask_threshold": "δ: how strongly a task must stand against the rest",
+        "min_agreement": "k: tasks that must agree on a coordinate",
+        "scaling": "β: multiplies the merged task vector; one value, or one per round",
+    }
+    lines = []
+    for field in dataclasses.fields(operator):
+        line = f"  {field.name}: {_yaml(getattr(operator, field.name))}"
+        lines.append(line.ljust(46) + f"# {notes[field.name]}" if field.name in notes else line)
+    return lines
+
+
+def _comment(lines: list[str], prefix: str) -> list[str]:
+    return [prefix + line for line in lines]
+
+
+def _yaml(value: Any) -> str:
+    """A value in YAML's flow style, which for these is JSON without the quotes around words."""
+    text = json.dumps(list(value) if isinstance(value, tuple) else value)
+    return text.replace('"', "")
