@@ -15,6 +15,7 @@ from manyshot.operators import OPERATORS, Metis, Operator
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # folders of a run that a task of the same name would collide with
 RESERVED_TASK_NAMES = ("merged", "carried_adapter")
+RESERVED_TASK_ENDINGS = (".partial", ".json", ".safetensors")
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -193,8 +194,8 @@ def cross_problems(recipe: Recipe) -> list[tuple[str, str]]:
     if num_tasks == 1:
         found.append(("tasks", "only one task; merging needs at least two"))
     for name in recipe.tasks:
-        if name.startswith(RESERVED_TASK_NAMES) or name.endswith(".partial"):
-            found.append((f"tasks.{name}", "this name is taken by a folder of the run"))
+        if name.startswith(RESERVED_TASK_NAMES) or name.endswith(RESERVED_TASK_ENDINGS):
+            found.append((f"tasks.{name}", "this name is taken by a file or folder of the run"))
     update = recipe.local_update
     unlike = len({(recipe.rank_of(name), recipe.alpha_of(name)) for name in recipe.tasks}) > 1
     shares_factors = recipe.merge.space == "factors" or update.adapter_start != "fresh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from Python data; relative paths are seen from the current folder."""
-    return _build(dict(raw), _Source("recipe"), overrides, [], Path.cwd())
+    return _build(copy.deepcopy(dict(raw)), _Source("recipe"), overrides, [], Path.cwd())
 
 
 def _build(raw: dict[str, Any], source: _Source, overrides: Sequence[str], problems: list[str], folder: Path) -> Recipe:
@@ -84,9 +85,13 @@ def _build(raw: dict[str, Any], source: _Source, overrides: Sequence[str], probl
 def _scan(text: str, source: _Source) -> list[str]:
     """Note the line of every key, and report keys that stand twice (YAML would silently keep the last)."""
     problems: list[str] = []
+    walked: set[int] = set()  # an alias stands for a node that was seen already, or that is being walked
 
     def walk(node: yaml.Node, key: Key) -> None:
         source.lines.setdefault(key, node.start_mark.line + 1)
+        if id(node) in walked:
+            return
+        walked.add(id(node))
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             for name_node, value in node.value:
@@ -186,6 +191,8 @@ def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source) -
         message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw))}", ""
     elif kind == "union_tag_invalid":
         message, found = f"unknown operator '{details['ctx']['tag']}'{suggestion(details['ctx']['tag'], OPERATORS)}", ""
+    elif kind == "union_tag_not_found":
+        message = f"needs 'name'; there are: {', '.join(sorted(OPERATORS))}"
     elif kind == "string_pattern_mismatch" and key[:1] == ("tasks",):
         message, found = "a task name starts with a letter or digit and holds only letters, digits, '_', '-', '.'", ""
     elif kind in ("starved", "micro_batch", "task_data"):
@@ -225,19 +232,42 @@ def _allowed(section: Key, raw: dict[str, Any]) -> list[str]:
 def _cross_problems_of_broken(raw: dict[str, Any], source: _Source, error: ValidationError) -> list[str]:
     """Cross-section problems of a recipe that also fails elsewhere, so that all errors come at once.
 
-    The broken sections are replaced by their defaults; what then still does not fit is a problem of its own.
+    What is broken is left out, so that its default takes its place; what then still does not fit is a problem of its
+    own, unless it may come from a default that stands for a broken value.
     """
-    broken = {details["loc"][0] for details in error.errors(include_url=False) if details["loc"]}
-    kept = {key: value for key, value in raw.items() if key in Recipe.model_fields and key not in broken}
-    if not broken or "tasks" not in kept:
+    kept = copy.deepcopy({key: value for key, value in raw.items() if key in Recipe.model_fields})
+    removed = {_real_key(details["loc"], raw) for details in error.errors(include_url=False)}
+    tasks = kept.get("tasks")
+    if not isinstance(tasks, dict) or any(details["type"] == "cross" for details in error.errors(include_url=False)):
         return []
-    kept.setdefault("model", "unknown")
+    num_tasks = len(tasks)
+    for key in removed:
+        _leave_out(kept, key)
+    if any(key[:1] == ("tasks",) for key in removed):
+        kept["tasks"] = {f"task{i}": {"data": "unknown"} for i in range(num_tasks)}
+    kept["model"] = "unknown"
     try:
         Recipe.model_validate(kept)
     except ValidationError as rest:
-        errors = [details for details in rest.errors(include_url=False) if details["type"] == "cross"]
-        return [line for details in errors for line in _explain(details, raw, source)]
+        found = [details["ctx"]["problems"] for details in rest.errors(include_url=False) if details["type"] == "cross"]
+        doubtful: set[Key] = {("tasks",)} if num_tasks > 1 else set()  # may compare with a default rank
+        if removed & {("protocol",), ("protocol", "rounds")}:  # how many rounds were meant is not known
+            doubtful |= {("operator", key) for key, value in kept["operator"].items() if isinstance(value, list)}
+        problems = [(tuple(key.split(".")), text) for one in found for key, text in one]
+        return [f"{source.place(key)}: {_dotted(key)}: {text}" for key, text in problems if key not in doubtful]
     return []
+
+
+def _leave_out(raw: dict[str, Any], key: Key) -> None:
+    """Remove what stands at `key`; of a list, all of it."""
+    node: Any = raw
+    for part in key[:-1]:
+        if not isinstance(node.get(part), dict):
+            node.pop(part, None)
+            return
+        node = node[part]
+    for part in key[-1:]:
+        node.pop(part, None)
 
 
 def to_yaml(recipe: Recipe) -> str:

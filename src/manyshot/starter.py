@@ -18,7 +18,7 @@ HEAD = """\
 
 model: demo:smollm2-135m-instruct    # or a Hub id, a local model folder, a .gguf file
 
-# Two tasks or more. A row may be: messages; prompt + completion (texts or messages); instruction + input + output; text.
+# Two tasks or more. A row has messages, or prompt + completion, or instruction + input + output, or text.
 tasks:
   math: {data: "demo:math", metric: exact_match}
   safety: {data: "demo:safety", metric: refusal}

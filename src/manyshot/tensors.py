@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from manyshot.errors import ModelError
+from manyshot.errors import ModelError, RunFolderError
 from manyshot.rundir import atomic_file, read_json, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
