@@ -1,10 +1,13 @@
 """Rows from wherever people keep them: jsonl, json, csv, parquet, a folder of those, a Hub id, or a demo family.
 
-Local JSON is read here, line by line, because a user needs the line that is broken; the rest is the `datasets` library.
+Local JSON and CSV are read here, line by line, because a user needs the line that is broken, and because the cells of
+a CSV file are text: a reader that guesses types would train on 1.5 where the file says 1.50.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -48,8 +51,10 @@ def read_file(path: Path, task: str) -> list[Row]:
         rows = _read_jsonl(path, task)
     elif path.suffix == ".json":
         rows = _read_json(path, task)
-    elif path.suffix in (".csv", ".parquet"):
-        rows = _read_table(path, task)
+    elif path.suffix == ".csv":
+        rows = _read_csv(path, task)
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path, task)
     else:
         raise DataError(f"task '{task}': {path}: unknown kind of file '{path.suffix}'; known are {', '.join(SUFFIXES)}")
     if not rows:
@@ -57,9 +62,14 @@ def read_file(path: Path, task: str) -> list[Row]:
     return rows
 
 
+def _read_bytes(path: Path) -> bytes:
+    """The file without the byte order mark that some editors put before UTF-8."""
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+
+
 def _read_jsonl(path: Path, task: str) -> list[Row]:
     rows = []
-    for number, blob in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, blob in enumerate(_read_bytes(path).split(b"\n"), start=1):
         where = f"task '{task}': {path}, line {number}"
         if not blob.strip():
             continue
@@ -71,6 +81,8 @@ def _read_jsonl(path: Path, task: str) -> list[Row]:
             raise DataError(
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}); is the line cut off?"
             ) from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            raise DataError(f"{where}: cannot be read ({error})") from None
         rows.append(_checked(row, where))
     return rows
 
@@ -78,11 +90,13 @@ def _read_jsonl(path: Path, task: str) -> list[Row]:
 def _read_json(path: Path, task: str) -> list[Row]:
     where = f"task '{task}': {path}"
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(_read_bytes(path).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error})") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: cannot be read ({error})") from None
     if not isinstance(value, list):
         raise DataError(f"{where}: expected a list of objects, found {type(value).__name__}; for JSON lines use .jsonl")
     return [_checked(row, f"{where}, item {number}") for number, row in enumerate(value, start=1)]
@@ -94,16 +108,35 @@ def _checked(row: object, where: str) -> Row:
     return row
 
 
-def _read_table(path: Path, task: str) -> list[Row]:
-    from datasets import Dataset
-
-    reader = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
+def _read_csv(path: Path, task: str) -> list[Row]:
+    """Rows of text cells by column; an empty cell is a missing value."""
     try:
-        table = reader(str(path), keep_in_memory=True)
-    except Exception as error:  # noqa: BLE001 - pandas, pyarrow and datasets each raise their own kinds
-        reason = error.__cause__ or error
-        raise DataError(f"task '{task}': {path}: cannot be read ({type(reason).__name__}: {reason})") from None
-    rows: list[Row] = table.to_list()
+        text = _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"task '{task}': {path}: not UTF-8 ({error})") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        columns = next(reader, [])
+        for cells in filter(None, reader):
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"task '{task}': {path}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns"
+                )
+            rows.append({column: cell or None for column, cell in zip(columns, cells, strict=True)})
+    except csv.Error as error:
+        raise DataError(f"task '{task}': {path}, line {reader.line_num}: not valid CSV ({error})") from None
+    return rows
+
+
+def _read_parquet(path: Path, task: str) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"task '{task}': {path}: cannot be read ({type(error).__name__}: {error})") from None
     return rows
 
 

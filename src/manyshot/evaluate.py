@@ -22,7 +22,7 @@ from manyshot.models import ModelState, choose_placement, load_model, load_token
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
-from manyshot.tasks import Encoded, Example, Task, encode, encode_prompt
+from manyshot.tasks import Encoded, Task, encode, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -140,22 +140,10 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def choose_answers(model: Any, tokenizer: Any, task: Task, recipe: Recipe, tick: Any = None) -> list[str]:
     """The index (as text) of the most likely choice of every test example, by total log-likelihood."""
-    encoded = [
-        encode(
-            example,
-            tokenizer,
-            task.spec,
-            recipe.local_update.max_length,
-            _choice_place(task, example),
-            completion=choice,
-        )
-        for example in task.test
-        for choice in example.choices
-    ]
-    shared: list[Encoded] = encoded
+    encoded = encode_choices(task, tokenizer, recipe)
     sums = negative_log_likelihoods(
         model,
-        shared,
+        encoded,
         pad_id=tokenizer.pad_token_id,
         batch_size=recipe.evaluation.batch_size,
         where=f"task '{task.name}', test choices",
@@ -170,8 +158,20 @@ def choose_answers(model: Any, tokenizer: Any, task: Task, recipe: Recipe, tick:
     return outputs
 
 
-def _choice_place(task: Task, example: Example) -> str:
-    return f"task '{task.name}', test row {example.index + 1}"
+def encode_choices(task: Task, tokenizer: Any, recipe: Recipe) -> list[Encoded]:
+    """Every choice of every test example as the answer to its prompt, in order."""
+    return [
+        encode(
+            example,
+            tokenizer,
+            task.spec,
+            recipe.local_update.max_length,
+            f"task '{task.name}', test row {example.index + 1}",
+            completion=choice,
+        )
+        for example in task.test
+        for choice in example.choices
+    ]
 
 
 # ---- scores beside the experts' --------------------------------------------------------------------------------------

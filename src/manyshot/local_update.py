@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from manyshot.errors import ModelError
 from manyshot.loss_gap import ValidationLoss, validation_loss
 from manyshot.models import (
     ModelState,
@@ -79,7 +80,7 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
             model = _start_model(job, placement)
         losses = _train(model, tokenizer, examples, job, placement, progress, where)
         with progress.timed("save", job.round_index, job.task.name):
-            _save_expert(model, job)
+            _save_expert(model, job, where)
         record = _record(job, examples, losses)
         record["validation"] = _expert_loss(model, tokenizer, job, progress).to_json()
     write_json(job.folder / RECORD, record)
@@ -146,11 +147,14 @@ def _train(
     return trainer.finite_losses(where)
 
 
-def _save_expert(model: Any, job: LocalUpdateJob) -> None:
-    if job.recipe.local_update.method == "full":
-        save_full(model, job.folder / "model", Checkpoint(job.start.pretrained).names)
-    else:
-        save_adapter(model, job.folder / "adapter", job.base_name)
+def _save_expert(model: Any, job: LocalUpdateJob, where: str) -> None:
+    try:
+        if job.recipe.local_update.method == "full":
+            save_full(model, job.folder / "model", Checkpoint(job.start.pretrained).names)
+        else:
+            save_adapter(model, job.folder / "adapter", job.base_name)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
 
 
 def _expert_loss(model: Any, tokenizer: Any, job: LocalUpdateJob, progress: Progress) -> ValidationLoss:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +102,9 @@ def negative_log_likelihoods(
 
     Raises DataError naming the example for a NaN or Inf. `tick` is told how many examples have been done.
     """
-    was_training = model.training
-    model.eval()
     sums = [0.0] * len(encoded)
     head = model.get_output_embeddings()
-    with torch.inference_mode():
+    with _evaluating(model), torch.inference_mode():
         for positions in make_batches(encoded, batch_size):
             batch = {name: t.to(model.device) for name, t in pad_right([encoded[i] for i in positions], pad_id).items()}
             logits_NV, labels_N, rows_N = counted_logits(model, head, batch)
@@ -117,8 +116,18 @@ def negative_log_likelihoods(
                 sums[i] = total
             if tick is not None:
                 tick(len(positions))
-    model.train(was_training)
     return sums
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and back to what the model was in, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def validation_loss(

@@ -105,6 +105,9 @@ class _Tally:
         self.report.num_changed += changed
         self.report.num_kept += kept
         self.report.kept_by_tensor[name] = kept / changed if changed else 0.0
+        for task, square in zip(self.report.tasks, self.gram_TT.diagonal().tolist(), strict=True):
+            if not math.isfinite(square):  # a mask may hide a NaN from the merged tensor, never from its norm
+                raise MergeError(f"task '{task}', tensor '{name}': the expert holds NaN or Inf; it diverged")
 
     def close(self) -> MergeReport:
         self.report.gram_TT = self.gram_TT.tolist()
@@ -114,8 +117,8 @@ class _Tally:
 
 
 def tiles(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, stop) rows of the first dimension, TILE_ENTRIES entries or one row at a time."""
-    num_rows = shape[0]
+    """(start, stop) rows of the first dimension, TILE_ENTRIES entries or one row at a time; a scalar is one row."""
+    num_rows = shape[0] if shape else 1
     row_entries = max(1, math.prod(shape[1:]))
     step = max(1, TILE_ENTRIES // row_entries)
     for start in range(0, num_rows, step):
@@ -180,7 +183,7 @@ def merge_weights(
             tally.add(task_vectors_TP, kept_P, merged_P, start_P)
             parts.append(merged_P.reshape(rows))
         tally.close_tensor(name)
-        return torch.cat(parts)
+        return torch.cat(parts).reshape(shape) if parts else torch.zeros(shape)
 
     with atomic_file(output) as stream, SafetensorsWriter(stream, infos) as writer:
         for name, info in infos.items():
@@ -227,8 +230,8 @@ def merge_factors(
     sources = [AdapterFactors(adapter) for adapter in adapters]
     names = sources[0].weights.names
     for task, source in zip(tasks, sources, strict=True):
-        for name in names:
-            if name not in source.weights or source.weights.info(name) != sources[0].weights.info(name):
+        for name in sorted({*names, *source.weights.names}):
+            if not all(name in one.weights and one.weights.info(name) == source.weights.info(name) for one in sources):
                 raise ModelError(
                     f"task '{task}': factor '{name}' differs in shape from task '{tasks[0]}'; "
                     "space: factors needs equal ranks"
@@ -288,8 +291,11 @@ def truncate_to_adapter(task_vector: StoredTaskVector, like: Path, output: Path)
         dense = task_vector.read(name).float()
         left, values, right = torch.linalg.svd(dense.T if factor.transposed else dense, full_matrices=False)
         root = (values[:rank] / factor.scaling).clamp(min=0).sqrt()
-        tensors[factor.lora_b] = left[:, :rank] * root
-        tensors[factor.lora_a] = right[:rank] * root[:, None]
+        # a rank above the tensor's own leaves the last factors zero
+        missing = rank - len(root)
+        pad = torch.nn.functional.pad
+        tensors[factor.lora_b] = pad(left[:, :rank] * root, (0, missing))
+        tensors[factor.lora_a] = pad(right[:rank] * root[:, None], (0, 0, 0, missing))
     write_adapter(output, like, tensors)
 
 

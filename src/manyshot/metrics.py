@@ -29,8 +29,9 @@ class Metric:
 
 
 def normalise(text: str) -> str:
-    """Casefold, NFKC, single spaces, no punctuation at the ends."""
-    return _EDGES.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    """Casefold, NFKC, single spaces, no punctuation at the ends (unless there is nothing else)."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return _EDGES.sub("", folded) or folded
 
 
 def final_answer(text: str, expected: str) -> str:

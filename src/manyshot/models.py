@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{folder}: its tokenizer has neither a padding token nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -95,8 +98,11 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder}: no causal language model can be made from its config.json ({error})") from None
 
 
 def load_model(state: ModelState, placement: Placement) -> PreTrainedModel:
@@ -169,16 +175,45 @@ def _attach_trained(model: PreTrainedModel, adapter: Path) -> None:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> None:
-    """Every target module must name at least one linear layer. Lists what there is."""
-    suffixes = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-    }
+def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> tuple[str, ...]:
+    """The modules that get an adapter, sorted. Every target must name linear layers, every pattern some of them.
+
+    Raises ModelError that lists what there is.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    suffixes = {name.rsplit(".", 1)[-1] for name in linear}
+    chosen: set[str] = set()
     for target in update.target_modules:
-        if target not in suffixes and not any(name.endswith(f".{target}") for name, _ in model.named_modules()):
+        found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")}
+        if not found:
             raise ModelError(
                 f"local_update.target_modules: the model has no module '{target}'{suggestion(target, suffixes)}"
             )
+        for name, module in found.items():
+            if name not in linear:
+                raise ModelError(
+                    f"local_update.target_modules: '{target}' is no linear layer, but a {type(module).__name__} "
+                    f"({name}){suggestion(target, suffixes)}"
+                )
+        chosen |= found.keys()
+    for key, patterns in (("rank_pattern", update.rank_pattern), ("alpha_pattern", update.alpha_pattern)):
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for name in chosen):
+                raise ModelError(
+                    f"local_update.{key}: '{pattern}' matches no adapted module"
+                    f"{suggestion(pattern, update.target_modules)}"
+                )
+    return tuple(sorted(chosen))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether PEFT applies a rank or alpha pattern to a module: a regular expression for the end of its name."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        return False
 
 
 def add_adapter(

@@ -6,6 +6,8 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,22 +15,20 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
-from manyshot.base_model import BaseModel, find_base_model
 from manyshot.check_merged import check_merged
-from manyshot.errors import DataError, RunFolderError
+from manyshot.errors import RunFolderError
 from manyshot.executors import Executor, LocalExecutor
-from manyshot.metrics import check_metric, find_metric
-from manyshot.models import check_target_modules, choose_placement, load_tokenizer, meta_model, quiet_transformers
+from manyshot.inputs import Inputs, check_inputs, check_space
+from manyshot.models import choose_placement
 from manyshot.progress import WORK_PHASES, Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import to_yaml
 from manyshot.rounds import run_rounds
-from manyshot.rundir import RunFolder, read_json, read_lines, remove, write_json, write_text
+from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
+from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
-from manyshot.tasks import Task, load_task
-from manyshot.tensors import Checkpoint
-from manyshot.trainer import check_trainer_arguments
 
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -50,55 +50,6 @@ class RunResult:
         return found
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads, loaded and checked."""
-
-    base: BaseModel
-    tasks: tuple[Task, ...]
-
-
-def check_inputs(recipe: Recipe) -> Inputs:
-    """Load tasks, tokenizer and model config for real, and check them against the recipe and each other.
-
-    Raises DataError for every task that cannot be used, all at once, then ModelError for the model.
-    """
-    check_trainer_arguments(recipe.local_update)
-    choose_placement(recipe.local_update)
-    tasks, problems = [], []
-    for name in recipe.tasks:
-        try:
-            task = load_task(recipe, name)
-            check_metric(find_metric(task.spec.metric, name), task.test, name)
-            tasks.append(task)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-    base = find_base_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    with quiet_transformers():
-        load_tokenizer(base.path, trust_remote_code=recipe.trust_remote_code)
-        model = meta_model(base.path, trust_remote_code=recipe.trust_remote_code)
-    if recipe.local_update.method == "lora":
-        check_target_modules(model, recipe.local_update)
-    check_shapes(base, model)
-    return Inputs(base, tuple(tasks))
-
-
-def check_shapes(base: BaseModel, model: torch.nn.Module) -> None:
-    """Every tensor of the checkpoint that the architecture knows has the shape that its config asks for."""
-    from manyshot.errors import ModelError
-
-    checkpoint = Checkpoint(base.path)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in checkpoint.names:
-        if name in expected and checkpoint.info(name).shape != expected[name]:
-            raise ModelError(
-                f"{base.path}: tensor '{name}' has shape {checkpoint.info(name).shape}, "
-                f"its config asks for {expected[name]}"
-            )
-
-
 def run(
     recipe: Recipe,
     output: Path,
@@ -115,53 +66,76 @@ def run(
     Raises ManyshotError for every input that cannot be used; what is written stays, and a resume goes on from it.
     """
     folder = RunFolder(output)
-    claim_folder(folder, resume=resume, force=force)
-    progress = Progress(listener, folder.metrics)
-    began = time.time()
-    inputs = check_inputs(recipe)
-    describe(recipe, folder, inputs, command)
-    progress.record("begin", began=round(began, 3), resumed=resume)
-    progress.message(f"computing in {choose_placement(recipe.local_update).text}")
-    current = Run(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress)
-    scores = run_rounds(current)
-    check_merged(current, scores)
-    progress.record("end")
-    seconds = phase_seconds(folder)
-    return RunResult(output, folder.merged, scores, seconds)
+    check_folder(folder, resume=resume, force=force)
+    with disk_errors(output), preserved_random_state():
+        began = time.time()
+        inputs = check_inputs(recipe)
+        if force and not resume:
+            remove(output)  # only now that everything else is known to be fine
+        check_space(recipe, folder, inputs)
+        output.mkdir(parents=True, exist_ok=True)
+        describe(recipe, folder, inputs, command)
+        progress = Progress(listener, folder.metrics)
+        progress.record("begin", began=round(began, 3), resumed=resume)
+        progress.message(f"computing in {choose_placement(recipe.local_update).text}")
+        current = Run(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress)
+        scores = run_rounds(current)
+        check_merged(current, scores)
+        progress.record("end")
+        return RunResult(output, folder.merged, scores, phase_seconds(folder))
 
 
-def claim_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
-    """Refuse a folder with something in it unless a flag says what to do with that."""
+def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
+    """Refuse a folder with something in it unless a flag says what to do with that. Nothing is changed yet."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: is a file, not a folder")
-    occupied = path.is_dir() and any(path.iterdir())
-    if occupied and not (resume or force):
+    # what a kill in the very first write leaves is nothing yet
+    occupied = path.is_dir() and any(not file.name.endswith(PARTIAL) for file in path.iterdir())
+    if not occupied:
+        return
+    if not (resume or force):
         raise RunFolderError(f"{path}: is not empty; --resume goes on with the run in it, --force deletes it first")
-    if occupied and force and not resume:
-        if not folder.recipe.exists():
-            raise RunFolderError(f"{path}: --force deletes runs only, and this folder holds no recipe.yaml of a run")
-        remove(path)
-    if resume and not folder.recipe.exists() and occupied:
-        raise RunFolderError(f"{path}: --resume needs a run, and this folder holds no recipe.yaml of one")
-    path.mkdir(parents=True, exist_ok=True)
+    if not folder.recipe.exists():
+        flag = "--resume needs a run" if resume else "--force deletes runs only"
+        raise RunFolderError(f"{path}: {flag}, and this folder holds no recipe.yaml of one")
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """A read or write that fails (disk full, no permission, folder gone) as an error that names the file."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever listens went away; that is no matter of the disk
+    except (OSError, SafetensorError) as error:
+        file = getattr(error, "filename", None) or output
+        reason = getattr(error, "strerror", None) or error
+        raise RunFolderError(
+            f"{file}: {reason}. Every step that was finished stays in {output}; once this is put right, --resume goes "
+            "on from there"
+        ) from error
 
 
 def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | None) -> None:
     """Write recipe.yaml, splits.json and environment.json; on resume, refuse what would change the results."""
-    identity = {"base": inputs.base.digest, "tasks": {task.name: task.digest() for task in inputs.tasks}}
+    identity = {"model": inputs.base.digest, "tasks": {task.name: task.digest() for task in inputs.tasks}}
     text = to_yaml(recipe)
     if folder.environment.exists():
-        old = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        try:
+            old = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
         changed = differences(old, yaml.safe_load(text))
         if changed:
             raise RunFolderError(
                 f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; use --force to start over"
             )
-        before = read_json(folder.environment)["identity"]
-        for key in differences(before, identity):
+        before = read_json(folder.environment).get("identity")
+        if keys := [line.split(":")[0] for line in differences(before, identity)]:
             raise RunFolderError(
-                f"{folder.path}: the content of {key.split(':')[0]} changed since the run began; use --force"
+                f"{folder.path}: the content of {', '.join(keys)} changed since the run began; put it back as it was, "
+                "or use --force to start over"
             )
         return
     write_text(folder.recipe, text)
@@ -214,3 +188,6 @@ def phase_seconds(folder: RunFolder) -> dict[str, float]:
     wall += last - began if began is not None else 0.0
     work = sum(totals.get(phase, 0.0) for phase in WORK_PHASES)
     return totals | {"wall": wall, "overhead": wall - work, "overhead_share": (wall - work) / wall if wall else 0.0}
+
+
+__all__ = ["Inputs", "RunResult", "check_inputs", "phase_seconds", "run"]

@@ -86,7 +86,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         os.replace(partial, path)
         fsync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        name_file(error, path)
         partial.unlink(missing_ok=True)
         raise
 
@@ -110,9 +111,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         remove(path)
         os.replace(partial, path)
         fsync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        name_file(error, path)
         remove(partial)
         raise
+
+
+def name_file(error: BaseException, path: Path) -> None:
+    """A failed write (disk full) does not say which file it was; note it in the error."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def remove(path: Path) -> None:
@@ -166,12 +174,16 @@ def link_atomically(link: Path, target: Path) -> None:
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line; after a crash in the middle of a line, the broken line is closed first."""
     line = json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n"
-    with open(path, "a+b") as stream:
-        if stream.tell() > 0:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
-        stream.write(line.encode())
+    try:
+        with open(path, "a+b") as stream:
+            if stream.tell() > 0:
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":
+                    stream.write(b"\n")
+            stream.write(line.encode())
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,17 @@
 """Everything random comes from a named generator: (seed, round, task, tensor) -> torch.Generator.
 
-No global random state is read or set, so a result does not depend on the order of the steps, on the executor,
-or on having been interrupted.
+No result depends on the global random state, and so none on the order of the steps, on the executor, or on having been
+interrupted; the libraries that set it (the trainer does) find their caller's put back.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -28,3 +32,18 @@ def permutation(length: int, *parts: str | int) -> list[int]:
     """A permutation of range(length) that depends only on the parts."""
     order: list[int] = torch.randperm(length, generator=make_generator(*parts)).tolist()
     return order
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the global random states of Python, numpy and torch back as they were."""
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

@@ -221,7 +221,8 @@ def merge_task_vectors(
     record_path, output = folder / "merge.json", folder / "task_vector.safetensors"
     operator = run.recipe.method.at_round(round_index)
     in_order = [weights[expert.task] for expert in experts]
-    seed_parts = (run.recipe.seed, "operator", round_index)
+    # post-hoc (0) draws what the only round of a run with one round draws
+    seed_parts = (run.recipe.seed, "operator", max(1, round_index))
     pretrained = Checkpoint(run.base.path)
     if not record_path.exists():
         with run.progress.timed("merge", round_index):

@@ -106,7 +106,8 @@ class ModelUpdate:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         before = self.pretrained.read_rows(name, start, stop).float()
         if self.start is not None and name in self.start:
-            before += self.start.rows(name, start, stop)
+            # not in place: for a float32 base this is the mapped file itself
+            before = before + self.start.rows(name, start, stop)
         return self.model.read_rows(name, start, stop).float() - before
 
 

@@ -65,7 +65,8 @@ class Task:
 
     def digest(self) -> str:
         """SHA-256 over every example of every split: two tasks with equal digests train and score alike."""
-        blob = json.dumps([[asdict(example) for example in part] for part in (self.train, self.validation, self.test)])
+        parts = [[asdict(example) for example in part] for part in (self.train, self.validation, self.test)]
+        blob = json.dumps(parts, default=str)  # `meta` may hold dates and the like
         return hashlib.sha256(blob.encode()).hexdigest()
 
 
@@ -166,12 +167,14 @@ def to_example(row: Row, index: int, spec: TaskSpec, where: str) -> Example:
     prompt, completion = _prompt_and_completion(row, columns, where)
     if spec.system_prompt is not None:
         prompt = _with_system(prompt, spec.system_prompt)
-    choices = tuple(str(choice) for choice in row.get("choices") or ())
-    answer = row.get("answer")
+    found, answer, meta = row.get("choices"), row.get("answer"), row.get("meta")
+    if not isinstance(found, list | tuple | None):
+        raise DataError(f"{where}: 'choices' must be a list, found {type(found).__name__}")
+    choices = tuple(str(choice) for choice in found or ())
     if choices and not (isinstance(answer, int) and 0 <= answer < len(choices)):
         raise DataError(f"{where}: 'answer' must be an index into the {len(choices)} choices, found {answer!r}")
     answer = answer if isinstance(answer, int | str) or answer is None else str(answer)
-    return Example(index, prompt, completion, choices, answer, row.get("meta"))
+    return Example(index, prompt, completion, choices, answer, meta if isinstance(meta, Mapping) else None)
 
 
 def _column(row: Row, name: str, where: str) -> object:

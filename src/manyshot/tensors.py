@@ -62,8 +62,9 @@ class TensorInfo:
 class Checkpoint:
     """A model folder (or one safetensors file), read lazily.
 
-    `names` are sorted. Raises ModelError for a folder without weights, a missing or unreadable shard, an index that
-    names a file outside the folder, and a pickle checkpoint.
+    `names` are sorted. What is read is the mapped file itself, so never change it in place. Raises ModelError for a
+    folder without weights, a missing or unreadable shard, an index that names a file outside the folder, and a pickle
+    checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,6 +74,9 @@ class Checkpoint:
         self._handles: dict[Path, Any] = {}
         for file in find_weight_files(path):
             self._read_header(file)
+        for name, shard in (_weight_map(path) or {}).items():
+            if name not in self._infos:
+                raise ModelError(f"{path / INDEX_NAME}: says that tensor '{name}' is in '{shard}', which lacks it")
         self.names: tuple[str, ...] = tuple(sorted(self._infos))
 
     def _read_header(self, file: Path) -> None:
@@ -99,7 +103,9 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of the first dimension, in the stored type."""
+        """Rows start..stop of the first dimension, in the stored type; a scalar is one row."""
+        if not self._infos[name].shape:
+            return self.read(name)
         tensor: torch.Tensor = self._open(name).get_slice(name)[start:stop]
         return tensor
 
@@ -129,20 +135,19 @@ def find_weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
-    index = path / INDEX_NAME
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index}: has no 'weight_map'")
+    index, weight_map = path / INDEX_NAME, _weight_map(path)
+    if weight_map is not None:
         files = []
-        for shard in sorted({str(shard) for shard in weight_map.values()}):
+        for shard in sorted(set(weight_map.values())):
             file = path / shard
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard in ("", ".."):
                 raise ModelError(f"{index}: names '{shard}', which is not a file of this folder")
             if not file.exists():
                 raise ModelError(f"{index}: names the shard '{shard}', which is missing from {path}")
             files.append(file)
         return files
+    if (path / SINGLE_NAME).exists():
+        return [path / SINGLE_NAME]  # what else lies there (an adapter, a second format) is not this model
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
@@ -154,6 +159,20 @@ def find_weight_files(path: Path) -> list[Path]:
             )
         raise ModelError(f"{path}: a model folder without weights (no *.safetensors file)")
     return files
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """Tensor name -> shard, from the index of a model folder; None where it has no index."""
+    index = path / INDEX_NAME
+    if not index.exists():
+        return None
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except RunFolderError as error:
+        raise ModelError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: has no 'weight_map'")
+    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
 def _dtype_of(file: Path, name: str, stored: str) -> torch.dtype:

@@ -1,0 +1,143 @@
+"""Everything a run reads, loaded for real and checked before the first step: data, tokenizer, model, disk.
+
+A mistake found here costs seconds; the same one found in the last round costs the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from manyshot.base_model import BaseModel, find_base_model
+from manyshot.errors import DataError, ModelError
+from manyshot.evaluate import encode_choices
+from manyshot.local_update import encode_validation
+from manyshot.metrics import check_metric, find_metric
+from manyshot.models import check_target_modules, choose_placement, load_tokenizer, meta_model, quiet_transformers
+from manyshot.recipe import Recipe
+from manyshot.rundir import RunFolder, require_space
+from manyshot.tasks import Encoded, Task, encode_all, encode_prompt, load_task, training_order
+from manyshot.tensors import Checkpoint
+from manyshot.trainer import check_trainer_arguments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads, loaded and checked. `changed_entries` counts the weights that training may change."""
+
+    base: BaseModel
+    tasks: tuple[Task, ...]
+    changed_entries: int
+
+
+def check_inputs(recipe: Recipe) -> Inputs:
+    """Load tasks, tokenizer and model config for real, and check them against the recipe and each other.
+
+    Raises DataError for every task that cannot be used, all at once, then ModelError for the model.
+    """
+    check_trainer_arguments(recipe.local_update)
+    choose_placement(recipe.local_update)
+    tasks = check_tasks(recipe)
+    base = find_base_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(base.path, trust_remote_code=recipe.trust_remote_code)
+        model = meta_model(base.path, trust_remote_code=recipe.trust_remote_code)
+    changed_entries = check_model(recipe, base, model)
+    check_texts(recipe, tasks, tokenizer, model.get_input_embeddings().weight.shape[0])
+    return Inputs(base, tasks, changed_entries)
+
+
+def check_tasks(recipe: Recipe) -> tuple[Task, ...]:
+    """Load every task. Raises DataError with one line for each that cannot be used."""
+    tasks, problems = [], []
+    for name in recipe.tasks:
+        try:
+            task = load_task(recipe, name)
+            check_metric(find_metric(task.spec.metric, name), task.test, name)
+            tasks.append(task)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return tuple(tasks)
+
+
+def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
+    """Check that training can change, and merging can find, every tensor that it means to.
+
+    Returns how many weights those are. Raises ModelError naming the tensor or the target module.
+    """
+    checkpoint = Checkpoint(base.path)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name in checkpoint.names:
+        if name in expected and checkpoint.info(name).shape != expected[name]:
+            raise ModelError(
+                f"{base.path}: tensor '{name}' has shape {checkpoint.info(name).shape}, "
+                f"its config asks for {expected[name]}"
+            )
+    if recipe.local_update.method == "full":
+        changed = list(checkpoint.names)
+    else:
+        changed = [f"{module}.weight" for module in check_target_modules(model, recipe.local_update)]
+    for name in changed:
+        if name not in expected or name not in checkpoint:
+            lacking = "the checkpoint" if name not in checkpoint else "the model that its config describes"
+            raise ModelError(
+                f"{base.path}: tensor '{name}' would be trained, but {lacking} has none of that name (it may be tied "
+                "to another); choose other local_update.target_modules"
+            )
+    return sum(checkpoint.info(name).num_elements for name in changed)
+
+
+def check_texts(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any, vocabulary: int) -> None:
+    """Turn every example that the run will use into tokens once.
+
+    Raises DataError with the first problem of every task, one line each.
+    """
+    problems = []
+    for task in tasks:
+        try:
+            for encoded in (*_training_texts(recipe, task, tokenizer), *encode_validation(task, tokenizer, recipe)):
+                _check_ids(encoded.input_ids, vocabulary, f"task '{task.name}', row {encoded.index + 1}")
+            if find_metric(task.spec.metric, task.name).kind == "likelihood":
+                encode_choices(task, tokenizer, recipe)
+            else:
+                for example in task.test:
+                    encode_prompt(example, tokenizer, task.spec, f"task '{task.name}', test row {example.index + 1}")
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _training_texts(recipe: Recipe, task: Task, tokenizer: Any) -> list[Encoded]:
+    """The training examples that all rounds together will see, each once."""
+    update = recipe.local_update
+    needed = recipe.protocol.local_steps * update.batch_size
+    order = training_order(len(task.train), needed, recipe.seed, task.name, skip=0)
+    examples = [task.train[position] for position in sorted(set(order))]
+    return encode_all(examples, tokenizer, task, "train", update.max_length, update.loss_on)
+
+
+def _check_ids(ids: tuple[int, ...], vocabulary: int, where: str) -> None:
+    if max(ids) >= vocabulary:
+        raise DataError(
+            f"{where}: the tokenizer gives token {max(ids)}, the model's embedding has {vocabulary} rows; "
+            "they do not belong together"
+        )
+
+
+def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
+    """Refuse what the disk cannot hold: a merged model and a float32 task vector for every round still to come."""
+    rounds = range(1, recipe.protocol.rounds + 1)
+    num_left = sum(not (folder.round(r) / "DONE.json").exists() for r in rounds)
+    checkpoint = Checkpoint(inputs.base.path)
+    dtype = recipe.merge.output_dtype
+    width = getattr(torch, dtype).itemsize if dtype else None
+    infos = [checkpoint.info(name) for name in checkpoint.names]
+    merged = sum(info.num_elements * (width or info.dtype.itemsize) for info in infos)
+    dense = 4 * inputs.changed_entries
+    experts = len(inputs.tasks) * dense if recipe.local_update.method == "full" else 0
+    require_space(folder.path, num_left * (merged + dense + experts), f"what {num_left} rounds will write")

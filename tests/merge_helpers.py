@@ -1,0 +1,64 @@
+"""Small checkpoints and adapter folders, written without models, for the tests of tensors, task vectors and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from manyshot.rundir import write_json
+from manyshot.seeding import make_generator
+from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME
+from manyshot.tensors import Checkpoint, write_tensors
+
+SHAPES = {"a.weight": (6, 4), "b.weight": (4, 6), "norm.weight": (4,)}
+
+
+def draw(*parts: str | int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=make_generator(*parts))
+
+
+def make_base(folder: Path, extra: Mapping[str, torch.Tensor] | None = None) -> Checkpoint:
+    """A model folder with three float tensors (and `extra`), config and tokenizer files."""
+    folder.mkdir(parents=True)
+    tensors = {name: draw("base", name, shape=shape) for name, shape in SHAPES.items()}
+    write_tensors(folder / "model.safetensors", tensors | dict(extra or {}))
+    write_json(folder / "config.json", {"model_type": "none", "dtype": "float32"})
+    return Checkpoint(folder)
+
+
+def make_adapter(
+    folder: Path,
+    task: str,
+    *,
+    rank: int = 2,
+    scaling: float = 2.0,
+    names: tuple[str, ...] = ("a.weight", "b.weight"),
+    transposed: tuple[str, ...] = (),
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> Path:
+    """An adapter folder as save_adapter leaves it, with drawn factors."""
+    folder.mkdir(parents=True)
+    table, factors = {}, {}
+    for name in names:
+        rows, columns = shapes[name]
+        outputs, inputs = (columns, rows) if name in transposed else (rows, columns)
+        factors[f"{name}.A"] = draw(task, name, "A", shape=(rank, inputs))
+        factors[f"{name}.B"] = draw(task, name, "B", shape=(outputs, rank))
+        table[name] = {
+            "lora_a": f"{name}.A",
+            "lora_b": f"{name}.B",
+            "scaling": scaling,
+            "transposed": name in transposed,
+        }
+    write_tensors(folder / ADAPTER_WEIGHTS_NAME, factors)
+    write_json(folder / FACTORS_NAME, table)
+    write_json(folder / "adapter_config.json", {"r": rank})
+    return folder
+
+
+def dense(adapter: Path, name: str, *, scaling: float = 2.0) -> torch.Tensor:
+    """s·B·A, from the factors as they are stored."""
+    weights = Checkpoint(adapter / ADAPTER_WEIGHTS_NAME)
+    return scaling * (weights.read(f"{name}.B") @ weights.read(f"{name}.A"))

@@ -1,0 +1,265 @@
+"""Loss gaps: the evaluator against full logits, one example at a time; the weights against their formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyshot import loss_gap
+from manyshot.errors import DataError, MergeError
+from manyshot.loss_gap import (
+    IGNORED,
+    counted_logits,
+    effective_tasks,
+    gap_weights,
+    loss_gaps,
+    make_batches,
+    negative_log_likelihoods,
+    pad_right,
+    uniform_weights,
+    validation_loss,
+)
+from manyshot.models import ModelState, Placement, load_model, quiet_transformers
+from manyshot.seeding import make_generator
+from manyshot.tasks import Encoded
+
+quick = settings(deadline=None, database=None, max_examples=60)
+GAPS = st.lists(st.floats(-50, 50), min_size=1, max_size=8)
+
+
+@pytest.fixture(scope="module")
+def model(base_folder: Path) -> Any:
+    with quiet_transformers():
+        return load_model(ModelState(base_folder), Placement("cpu", torch.float32))
+
+
+def draw_examples(lengths: Sequence[tuple[int, int]]) -> list[Encoded]:
+    """(length, context) -> examples with drawn tokens."""
+    examples = []
+    for i, (length, context) in enumerate(lengths):
+        ids = torch.randint(2, 40, (length,), generator=make_generator("loss_gap", i)).tolist()
+        examples.append(Encoded(i, tuple(ids), context, truncated=i == 0))
+    return examples
+
+
+EXAMPLES = draw_examples([(9, 5), (3, 1), (20, 19), (9, 1), (14, 7), (2, 1), (6, 3)])
+
+
+def naive_sum(model: Any, example: Encoded) -> float:
+    """Σ −log p over the counted tokens, from the full logits of this example alone, in float64."""
+    with torch.no_grad():
+        logits_LV = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    total = 0.0
+    for position in range(example.num_context, len(example.input_ids)):
+        scores = logits_LV[position - 1]
+        total += float(torch.logsumexp(scores, 0) - scores[example.input_ids[position]])
+    return total
+
+
+# ---- the evaluator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_negative_log_likelihoods_equal_the_full_logits_of_each_example_alone(model: Any, batch_size: int) -> None:
+    expected = [naive_sum(model, example) for example in EXAMPLES]
+    found = negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=batch_size, where="here")
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert len(set(found)) == len(EXAMPLES)
+
+
+def test_negative_log_likelihoods_do_not_depend_on_padding_or_order(model: Any) -> None:
+    expected = negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=3, where="here")
+    other_pad = negative_log_likelihoods(model, EXAMPLES, pad_id=17, batch_size=3, where="here")
+    turned = negative_log_likelihoods(model, EXAMPLES[::-1], pad_id=0, batch_size=3, where="here")[::-1]
+    assert other_pad == expected
+    assert turned == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_loss_is_weighted_by_tokens_not_examples(model: Any) -> None:
+    found = validation_loss(model, EXAMPLES, pad_id=0, batch_size=4, where="here")
+    counted = [len(e.input_ids) - e.num_context for e in EXAMPLES]
+    assert found.num_tokens == sum(counted) == 26
+    assert found.num_examples == 7
+    assert found.truncated_share == pytest.approx(1 / 7)
+    assert found.loss == pytest.approx(sum(naive_sum(model, e) for e in EXAMPLES) / 26, rel=1e-5)
+    assert found.to_json() == {
+        "loss": found.loss,
+        "num_tokens": 26,
+        "num_examples": 7,
+        "truncated_share": found.truncated_share,
+    }
+
+
+def test_validation_loss_of_a_uniform_model_is_the_log_of_the_vocabulary(base_folder: Path) -> None:
+    model = load_model(ModelState(base_folder), Placement("cpu", torch.float32))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    found = validation_loss(model, EXAMPLES, pad_id=0, batch_size=4, where="here")
+    assert found.loss == pytest.approx(math.log(model.config.vocab_size), rel=1e-6)
+
+
+def test_negative_log_likelihoods_name_the_row_of_a_nan_and_restore_training_mode(base_folder: Path) -> None:
+    model = load_model(ModelState(base_folder), Placement("cpu", torch.float32))
+    model.train()
+    negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=2, where="here")
+    assert model.training
+    with torch.no_grad():
+        model.get_input_embeddings().weight[41] = torch.nan
+    broken = [*EXAMPLES[:2], Encoded(11, (5, 41, 7), 1, truncated=False)]
+    # embeddings are tied, so a NaN row of the vocabulary reaches every logit; the longest example comes first
+    with pytest.raises(DataError, match=r"round 2, task 'math', row 1: the loss is nan"):
+        negative_log_likelihoods(model, broken, pad_id=0, batch_size=1, where="round 2, task 'math'")
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_negative_log_likelihoods_leave_the_model_and_global_randomness_unchanged(model: Any) -> None:
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    one = negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=2, where="here")
+    assert one == negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=2, where="here")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+
+
+def test_negative_log_likelihoods_tick_once_per_batch(model: Any) -> None:
+    ticks: list[int] = []
+    negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=3, where="here", tick=ticks.append)
+    assert ticks == [3, 3, 1]
+
+
+def test_counted_logits_are_those_of_the_full_forward_and_only_those(model: Any) -> None:
+    batch = pad_right(EXAMPLES[:3], pad_id=0)
+    head = model.get_output_embeddings()
+    seen: list[tuple[int, ...]] = []
+    watch = head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    with torch.no_grad():
+        logits_NV, labels_N, rows_N = counted_logits(model, head, batch)
+        watch.remove()
+        full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert seen == [(1, 7, model.config.vocab_size)]  # 4 + 2 + 1 counted tokens, nothing else went through the head
+    assert rows_N.tolist() == [0] * 4 + [1] * 2 + [2]
+    expected = torch.cat([full[0, 4:8], full[1, 0:2], full[2, 18:19]])
+    torch.testing.assert_close(logits_NV, expected, rtol=1e-5, atol=1e-5)
+    wanted = [*EXAMPLES[0].input_ids[5:], *EXAMPLES[1].input_ids[1:], *EXAMPLES[2].input_ids[19:]]
+    assert labels_N.tolist() == wanted
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_pad_right_by_hand() -> None:
+    batch = pad_right([Encoded(0, (5, 6, 7), 2, False), Encoded(1, (8, 9), 1, False)], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+
+
+def test_make_batches_by_hand() -> None:
+    assert list(make_batches(EXAMPLES, 3)) == [[2, 4, 0], [3, 6, 1], [5]]  # longest first, ties in order
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(2, 60), st.integers(1, 60)), max_size=20), st.integers(1, 6))
+def test_make_batches_hold_every_example_once_within_both_limits(sizes: list[tuple[int, int]], batch_size: int) -> None:
+    examples = [Encoded(i, (1,) * length, min(context, length - 1), False) for i, (length, context) in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_gap, "MAX_LOGIT_POSITIONS", 40)
+        batches = list(make_batches(examples, batch_size))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        assert len(batch) == 1 or sum(examples[i].num_counted for i in batch) <= 40
+
+
+def test_make_batches_of_few_logits_give_the_same_losses(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=7, where="here")
+    monkeypatch.setattr(loss_gap, "MAX_LOGIT_POSITIONS", 8)
+    assert negative_log_likelihoods(model, EXAMPLES, pad_id=0, batch_size=7, where="here") == pytest.approx(whole, 1e-5)
+
+
+# ---- gaps and weights ------------------------------------------------------------------------------------------------
+
+
+def test_loss_gaps_are_start_minus_expert_and_need_equal_lengths() -> None:
+    assert loss_gaps([2.0, 1.0], [0.5, 1.25]) == [1.5, -0.25]
+    with pytest.raises(ValueError, match="zip"):
+        loss_gaps([1.0], [1.0, 2.0])
+
+
+def test_gap_weights_by_hand() -> None:
+    # λ = 2, G = (2 ln 3, 0): e^{ln 3} : 1 = 3 : 1
+    assert gap_weights([2 * math.log(3), 0.0], 2.0) == pytest.approx([0.75, 0.25])
+    assert gap_weights([0.3, 0.3, 0.3], 2.0) == pytest.approx([1 / 3] * 3)
+    assert gap_weights([5.0], 0.1) == [1.0]
+
+
+def test_gap_weights_temperature_goes_from_winner_takes_all_to_uniform() -> None:
+    gaps = [1.0, 0.9, 0.1]
+    assert gap_weights(gaps, 1e-3)[0] == pytest.approx(1.0)
+    assert gap_weights(gaps, 1e6) == pytest.approx(uniform_weights(3), abs=1e-6)
+
+
+@quick
+@given(GAPS, st.floats(0.01, 100))
+def test_gap_weights_sum_to_one_and_follow_the_gaps(gaps: list[float], temperature: float) -> None:
+    weights = gap_weights(gaps, temperature)
+    assert math.fsum(weights) == pytest.approx(1.0)
+    assert all(0 <= weight <= 1 for weight in weights)
+    for one, alpha in zip(gaps, weights, strict=True):
+        for two, beta in zip(gaps, weights, strict=True):
+            assert one < two or alpha >= beta
+
+
+@quick
+@given(GAPS, st.floats(-20, 20), st.floats(0.1, 10))
+def test_gap_weights_do_not_change_with_a_shift(gaps: list[float], shift: float, temperature: float) -> None:
+    assert gap_weights([gap + shift for gap in gaps], temperature) == pytest.approx(
+        gap_weights(gaps, temperature), rel=1e-6, abs=1e-12
+    )
+
+
+@quick
+@given(GAPS, st.randoms(use_true_random=False))
+def test_gap_weights_follow_a_permutation_of_the_tasks(gaps: list[float], random: Any) -> None:
+    order = list(range(len(gaps)))
+    random.shuffle(order)
+    weights, permuted = gap_weights(gaps, 2.0), gap_weights([gaps[i] for i in order], 2.0)
+    assert permuted == pytest.approx([weights[i] for i in order], rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-3, 2.0, 1e300])
+@pytest.mark.parametrize("gaps", [[1e308, -1e308], [1e308, 1e308], [-1e308, -1e308, 0.0], [800.0, -800.0], [1e-320, 0]])
+def test_gap_weights_never_overflow(gaps: list[float], temperature: float) -> None:
+    weights = gap_weights(gaps, temperature)
+    assert all(math.isfinite(weight) for weight in weights)
+    assert math.fsum(weights) == pytest.approx(1.0)
+    assert weights[gaps.index(max(gaps))] == max(weights)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gap_weights_refuse_gaps_that_are_not_finite(bad: float) -> None:
+    with pytest.raises(MergeError, match="loss gaps must be finite"):
+        gap_weights([1.0, bad], 2.0)
+
+
+def test_effective_tasks_counts_tasks() -> None:
+    assert effective_tasks(uniform_weights(4)) == pytest.approx(4.0)
+    assert effective_tasks([1.0, 0.0, 0.0]) == 1.0
+    assert effective_tasks([0.5, 0.5, 0.0]) == pytest.approx(2.0)
+    # H(¾, ¼) = ¾ ln(4/3) + ¼ ln 4 = 0.562335…
+    assert effective_tasks([0.75, 0.25]) == pytest.approx(math.exp(0.5623351446))
+
+
+@quick
+@given(GAPS, st.floats(0.05, 20))
+def test_effective_tasks_lies_between_one_and_the_number_of_tasks(gaps: list[float], temperature: float) -> None:
+    assert 1 - 1e-9 <= effective_tasks(gap_weights(gaps, temperature)) <= len(gaps) + 1e-9

@@ -1,0 +1,248 @@
+"""The safetensors reader and writer: what they read and write, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from merge_helpers import make_base
+from safetensors.torch import load_file, save_file
+
+from manyshot.errors import ModelError
+from manyshot.tensors import (
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    SafetensorsWriter,
+    TensorInfo,
+    plan_shards,
+    shard_name,
+    write_index,
+    write_tensors,
+)
+
+ONE = torch.ones(2, 3)
+
+
+def write_folder_index(folder: Path, weight_map: object) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+# ---- writer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", sorted(DTYPES))
+def test_writer_output_is_read_by_safetensors_with_equal_bits(stored: str, tmp_path: Path) -> None:
+    dtype = DTYPES[stored]
+    values = torch.arange(-6, 6).reshape(3, 4).clamp(min=0 if stored in ("U8", "BOOL") else -6).to(dtype)
+    tensors = {"x": values, "empty": torch.zeros(0, 4).to(dtype), "scalar": values[2, 3].clone()}
+    write_tensors(tmp_path / "f.safetensors", tensors)
+    found = load_file(tmp_path / "f.safetensors")
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    ours = Checkpoint(tmp_path / "f.safetensors")
+    assert ours.info("x") == TensorInfo((3, 4), dtype)
+    assert ours.num_bytes == 13 * dtype.itemsize
+
+
+def test_writer_output_is_read_by_safetensors_for_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    write_tensors(tmp_path / "f.safetensors", {"x": tensor})
+    assert torch.equal(load_file(tmp_path / "f.safetensors")["x"], tensor)
+
+
+def test_writer_aligns_the_data_to_eight_bytes() -> None:
+    for name in ("x", "xy", "xyz", "a much longer name of a tensor"):
+        stream = io.BytesIO()
+        SafetensorsWriter(stream, {name: TensorInfo((2, 3), torch.float32)})
+        assert struct.unpack("<Q", stream.getvalue()[:8])[0] % 8 == 0
+        assert len(stream.getvalue()) % 8 == 0
+
+
+def test_writer_refuses_another_order_shape_or_type_and_a_tensor_that_is_missing(tmp_path: Path) -> None:
+    infos = {"a": TensorInfo((2, 3), torch.float32), "b": TensorInfo((2, 3), torch.float32)}
+    for name, tensor in (("b", ONE), ("a", ONE.T), ("a", ONE.double())):
+        with pytest.raises(ModelError, match=rf"tensor '{name}' .* was written where 'a' .* belongs"):
+            SafetensorsWriter(io.BytesIO(), infos).write(name, tensor)
+    with (
+        pytest.raises(ModelError, match="tensor 'b' was never written"),
+        SafetensorsWriter(io.BytesIO(), infos) as writer,
+    ):
+        writer.write("a", ONE)
+
+
+def test_write_tensors_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        write_tensors(tmp_path / "f.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(deadline=None, database=None, max_examples=50)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 100))
+def test_plan_shards_keeps_order_and_limit(sizes: list[int], limit: int) -> None:
+    infos = {f"t{i:02d}": TensorInfo((size,), torch.uint8) for i, size in enumerate(sizes)}
+    shards = plan_shards(infos, limit)
+    assert [name for shard in shards for name in shard] == list(infos)
+    for shard in shards:
+        assert len(shard) == 1 or sum(info.num_bytes for info in shard.values()) <= limit
+
+
+def test_plan_shards_by_hand() -> None:
+    infos = {name: TensorInfo((size,), torch.uint8) for name, size in (("a", 4), ("b", 5), ("c", 20), ("d", 1))}
+    assert [list(shard) for shard in plan_shards(infos, 10)] == [["a", "b"], ["c"], ["d"]]
+    assert [list(shard) for shard in plan_shards(infos, 9)] == [["a", "b"], ["c"], ["d"]]
+    assert [list(shard) for shard in plan_shards(infos, 8)] == [["a"], ["b"], ["c"], ["d"]]
+    assert [shard_name(i, 2) for i in (1, 2)] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
+def test_write_index_is_there_for_several_shards_only(tmp_path: Path) -> None:
+    one, two = {"a": TensorInfo((4,), torch.float32)}, {"b": TensorInfo((3,), torch.float32)}
+    write_index(tmp_path, [one])
+    assert list(tmp_path.iterdir()) == []
+    write_index(tmp_path, [one, two])
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    assert index["metadata"] == {"total_size": 28}
+    assert index["weight_map"] == {"a": shard_name(1, 2), "b": shard_name(2, 2)}
+
+
+# ---- reader ----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_names_are_sorted_and_rows_are_slices(tmp_path: Path) -> None:
+    tensors = {"z": torch.arange(12.0).reshape(4, 3), "a": torch.tensor(7.0), "m": torch.arange(3)}
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == ("a", "m", "z")
+    assert "z" in checkpoint
+    assert "y" not in checkpoint
+    assert torch.equal(checkpoint.read_rows("z", 1, 3), tensors["z"][1:3])
+    assert checkpoint.read_rows("a", 0, 1).item() == 7.0
+    assert checkpoint.read("m").dtype == torch.int64
+
+
+def test_checkpoint_follows_the_index_and_ignores_other_files(tmp_path: Path) -> None:
+    save_file({"a": ONE}, tmp_path / "one.safetensors")
+    save_file({"b": ONE * 2}, tmp_path / "two.safetensors")
+    save_file({"junk": ONE}, tmp_path / "other.safetensors")
+    write_folder_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == ("a", "b")
+    assert checkpoint.read("b").sum() == 12
+
+
+def test_checkpoint_without_index_is_the_single_file_as_for_transformers(tmp_path: Path) -> None:
+    save_file({"a": ONE}, tmp_path / SINGLE_NAME)
+    save_file({"layers.0.a": ONE}, tmp_path / "consolidated.safetensors")
+    assert Checkpoint(tmp_path).names == ("a",)
+
+
+def test_checkpoint_digest_follows_content_not_place(tmp_path: Path) -> None:
+    first, second = make_base(tmp_path / "one"), make_base(tmp_path / "two")
+    assert first.digest() == second.digest()
+    third = make_base(tmp_path / "three", {"a.weight": torch.zeros(6, 4)})
+    assert third.digest() != first.digest()
+
+
+def test_checkpoint_refuses_a_truncated_file_and_names_it(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, tmp_path / SINGLE_NAME)
+    blob = (tmp_path / SINGLE_NAME).read_bytes()
+    for size in (0, 4, 20, len(blob) // 2, len(blob) - 1):
+        (tmp_path / SINGLE_NAME).write_bytes(blob[:size])
+        with pytest.raises(ModelError, match=r"model\.safetensors: not a readable safetensors file"):
+            Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"\xff" * 64,
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 8) + b"not json",
+        b"GGUF" + b"\0" * 60,
+        b"\x80\x02}q\x00." * 4,
+    ],
+)
+def test_checkpoint_refuses_a_header_that_is_garbage(blob: bytes, tmp_path: Path) -> None:
+    (tmp_path / SINGLE_NAME).write_bytes(blob)
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a readable safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_header_whose_offsets_do_not_fit(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [10], "data_offsets": [0, 4]}}
+    blob = json.dumps(header).encode()
+    (tmp_path / SINGLE_NAME).write_bytes(struct.pack("<Q", len(blob)) + blob + b"\0" * 4)
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_missing_shard_and_names_it(tmp_path: Path) -> None:
+    write_folder_index(tmp_path, {"a": "gone.safetensors"})
+    with pytest.raises(ModelError, match=r"names the shard 'gone.safetensors', which is missing"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors", "..", ""])
+def test_checkpoint_refuses_an_index_that_leaves_the_folder(shard: str, tmp_path: Path) -> None:
+    save_file({"a": ONE}, tmp_path / "evil.safetensors")
+    folder = tmp_path / "model"
+    write_folder_index(folder, {"a": shard})
+    with pytest.raises(ModelError, match="which is not a file of this folder"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\xff"])
+def test_checkpoint_refuses_a_damaged_index(text: str, tmp_path: Path) -> None:
+    save_file({"a": ONE}, tmp_path / SINGLE_NAME)
+    (tmp_path / INDEX_NAME).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_tensor_that_only_the_index_knows(tmp_path: Path) -> None:
+    save_file({"a": ONE}, tmp_path / "one.safetensors")
+    write_folder_index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
+    with pytest.raises(ModelError, match="tensor 'b' is in 'one.safetensors', which lacks it"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_tensor_that_stands_twice(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({"a": ONE, name: ONE + 1}, tmp_path / f"{name}.safetensors")
+    write_folder_index(tmp_path, {"a": "one.safetensors", "one": "one.safetensors", "two": "two.safetensors"})
+    with pytest.raises(ModelError, match=r"two\.safetensors: tensor 'a' is also in one\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_checkpoint_refuses_pickles_and_says_how_to_convert(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(ModelError, match=rf"holds {name} but no safetensors; .*save_pretrained\(new_folder\)"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_folder_without_weights_and_a_missing_one(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a model folder without weights"):
+        Checkpoint(tmp_path)
+    with pytest.raises(ModelError, match="no such model folder"):
+        Checkpoint(tmp_path / "nowhere")
+
+
+def test_checkpoint_refuses_a_type_it_does_not_know(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / SINGLE_NAME)
+    with pytest.raises(ModelError, match="tensor 'a' has type C64; known are F64, F32"):
+        Checkpoint(tmp_path)
