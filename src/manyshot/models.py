@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from manyshot.recipe import LocalUpdate, Recipe
 from manyshot.rundir import atomic_folder, write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
-from manyshot.tensors import Checkpoint, write_tensors
+from manyshot.tensors import Checkpoint, file_digest, write_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,16 +61,36 @@ def choose_placement(update: LocalUpdate) -> Placement:
     device = update.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"local_update.device is '{device}', but this machine has no CUDA device that torch can use")
+    _check_device(device)
     if update.dtype != "auto":
         return Placement(device, getattr(torch, update.dtype))
     good = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     return Placement(device, torch.bfloat16 if good else torch.float32)
 
 
+def _check_device(device: str) -> None:
+    """The device is of a kind that is supported, and there."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in device and not index.isdecimal()):
+        raise ModelError(
+            f"local_update.device: unknown device '{device}'; there are auto, cpu, cuda, cuda:<number>, mps"
+        )
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= there:
+        raise ModelError(
+            f"local_update.device is '{device}', but this machine has {there or 'no'} {kind.upper()} device that torch "
+            "can use"
+        )
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token."""
+    """The tokenizer of a model folder, with a padding token. One of the same content is not loaded twice in a row."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jinja", ".model", ".txt")]
+    return _load_tokenizer(folder, trust_remote_code, tuple(file_digest(file) for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, trust_remote_code: bool, digests: tuple[str, ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
@@ -281,12 +302,12 @@ def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
     for name, layer in _lora_layers(adapted):
         a_RI, b_OR = layer.lora_A[ADAPTER].weight.detach().float(), layer.lora_B[ADAPTER].weight.detach().float()
         scaling = float(layer.scaling[ADAPTER])
-        own = (b_OR @ a_RI) * scaling
-        theirs = layer.get_delta_weight(ADAPTER).detach().float()
-        own = own.T if layer.fan_in_fan_out else own
-        if not torch.isfinite(own).all():
+        if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
             raise ModelError(f"tensor '{name}': the trained adapter holds NaN or Inf; the local update diverged")
-        if not torch.allclose(own, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))):
+        theirs = layer.get_delta_weight(ADAPTER).detach().float()
+        theirs = theirs.T if layer.fan_in_fan_out else theirs
+        off = torch.addmm(theirs, b_OR, a_RI, alpha=-scaling).abs_().max()
+        if not off <= 1e-5 * theirs.abs().max():
             raise ModelError(
                 f"tensor '{name}': s·B·A differs from PEFT's own ΔW; this kind of adapter is not supported"
             )

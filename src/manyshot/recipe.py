@@ -194,7 +194,7 @@ def cross_problems(recipe: Recipe) -> list[tuple[str, str]]:
     if num_tasks == 1:
         found.append(("tasks", "only one task; merging needs at least two"))
     for name in recipe.tasks:
-        if name.startswith(RESERVED_TASK_NAMES) or name.endswith(RESERVED_TASK_ENDINGS):
+        if name.lower() in RESERVED_TASK_NAMES or name.endswith(RESERVED_TASK_ENDINGS):
             found.append((f"tasks.{name}", "this name is taken by a file or folder of the run"))
     update = recipe.local_update
     unlike = len({(recipe.rank_of(name), recipe.alpha_of(name)) for name in recipe.tasks}) > 1
