@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_helpers import make_base
 
 from manyshot import base_model
 from manyshot.base_model import DEMO_MODEL, MANIFEST, cache_folder, find_base_model, gguf_folder
 from manyshot.errors import MissingExtraError, ModelError
 from manyshot.rundir import write_json
 from manyshot.tensors import write_tensors
+from merge_helpers import make_base
 
 
 @pytest.fixture

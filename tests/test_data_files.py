@@ -14,7 +14,7 @@ from pyarrow import parquet
 from manyshot.data_files import read_file, read_splits
 from manyshot.errors import DataError
 
-ROWS = [{"prompt": "a b", "completion": "x, \"y\"\nz"}, {"prompt": "c", "completion": "é\u2028ü"}]
+ROWS = [{"prompt": "a b", "completion": 'x, "y"\nz'}, {"prompt": "c", "completion": "é\u2028ü"}]
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:

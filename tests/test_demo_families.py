@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from manyshot.demo import CHECKS, FAMILIES, SIZES, Row, generate, is_refusal, passes
+from manyshot.demo.lexicon import GRAMMAR
 from manyshot.demo.math_words import BAKED, FRUITS, HOLDERS, NAMES, OBJECTS, TEMPLATES
 
 # A change to a family's rows makes earlier results incomparable: update a pin only on purpose.
 PINS = {
-    "math": "1eb11410b6314f51",
-    "instruction": "882c756fb2ab3c68",
-    "multilingual": "1a1db6d1d38a65e0",
-    "safety": "b965029731ebabd4",
+    "math": "ab8ae917001e28d7",
+    "instruction": "521573a1cd4e0fe7",
+    "multilingual": "3c88095d8c0b0d45",
+    "safety": "65979a29acd281e8",
 }
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -115,7 +116,7 @@ def test_math_is_worked_correctly() -> None:
 
 def test_math_has_many_wordings() -> None:
     for split in rows("math").values():
-        assert Counter(len(row["meta"]["operands"]) for row in split) == {2: len(split) / 2, 3: len(split) / 2}
+        assert Counter(len(row["meta"]["operands"]) for row in split) == {2: len(split) * 3 / 5, 3: len(split) * 2 / 5}
         assert len({row["meta"]["shape"] for row in split}) == 9
     # Without its names, objects and numbers, what is left of a story is its wording.
     varying = "|".join((*(name for name, _ in NAMES), *OBJECTS, *FRUITS, *BAKED, *HOLDERS, r"s?he", r"\d+"))
@@ -144,15 +145,22 @@ def test_instruction_completions_pass_their_checks() -> None:
 )
 def test_instruction_checks_are_not_passed_by_chance(plain: str) -> None:
     tests = rows("instruction")["test"]
-    assert sum(passes(plain, row["meta"]["checks"]) for row in tests) <= 0.06 * len(tests)
+    assert sum(passes(plain, row["meta"]["checks"]) for row in tests) < 0.05 * len(tests)
 
 
 def test_instruction_checks_cover_every_kind_in_every_split() -> None:
     for split in rows("instruction").values():
         kinds = Counter(check["kind"] for row in split for check in row["meta"]["checks"])
         assert set(kinds) == set(CHECKS)
-        assert all(1 <= len(row["meta"]["checks"]) <= 2 for row in split)
-        assert max(kinds.values()) < 0.5 * len(split)
+        assert max(kinds.values()) < 0.25 * len(split)
+        assert kinds["word_count"] < 0.08 * len(split) and kinds["keyword"] < 0.08 * len(split)
+
+
+def test_instruction_rows_mostly_have_one_check() -> None:
+    for split in rows("instruction").values():
+        checks = Counter(len(row["meta"]["checks"]) for row in split)
+        assert set(checks) == {1, 2} and 0.75 < checks[1] / len(split) < 0.85
+        assert all(2 <= len(row["completion"].split()) <= 13 for row in split)
 
 
 @pytest.mark.parametrize(
@@ -207,37 +215,57 @@ def test_malformed_checks_are_reported() -> None:
 # multilingual
 
 
-def test_multilingual_languages_are_balanced() -> None:
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def test_multilingual_languages_and_questions_are_balanced() -> None:
     for split in rows("multilingual").values():
-        counts = Counter(row["meta"]["language"] for row in split)
-        assert len(counts) == 5 and max(counts.values()) - min(counts.values()) <= 1
-        assert len({row["meta"]["question"] for row in split}) >= 10
+        languages = Counter(row["meta"]["language"] for row in split)
+        assert len(languages) == 5 and len(set(languages.values())) == 1
+        kinds = Counter(row["meta"]["question"] for row in split)
+        assert len(kinds) == 10 and max(kinds.values()) - min(kinds.values()) <= 5
 
 
-def test_multilingual_answers_are_short_and_single() -> None:
+def test_multilingual_answers_are_read_off_the_text() -> None:
     for row in everything("multilingual"):
-        assert row.get("answer") == row["completion"] and len(row["completion"].split()) == 1
-        if row["meta"]["question"] in ("category", "pick"):
-            options = re.split(r", | |: |[?.]", row["prompt"])
-            assert row["completion"] in options
+        text, question = re.split(r"[.] (?=[^.]+$)", row["prompt"])
+        answer = row["completion"]
+        assert row.get("answer") == answer and words(answer) == [answer]
+        assert words(text).count(answer) == 1 and answer not in words(question), row
 
 
-def test_multilingual_answers_are_stated_once() -> None:
-    answers: dict[str, set[str]] = {}
-    for row in everything("multilingual"):
-        meta = row["meta"]
-        key = f"{meta['question']}/{meta['content']}"
-        answers.setdefault(key, set()).add(row["completion"])
-    # Only a pair of opposites has two answers, one for each direction.
-    assert all(len(found) == 1 or key.startswith("opposite") for key, found in answers.items())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_multilingual_facts_are_combined_anew_in_test(seed: int) -> None:
+    """Whatever the order of the facts and whichever is asked for, no test text was seen in training."""
+    splits = rows("multilingual", seed)
+
+    def texts(name: str) -> set[tuple[str, ...]]:
+        told = (re.split(r"[.] (?=[^.]+$)", row["prompt"])[0] for row in splits[name])
+        return {tuple(sorted(words(text))) for text in told}
+
+    assert not texts("test") & texts("train") and not texts("validation") & texts("train")
+    met = {row["completion"] for row in splits["train"]}
+    asked = [row["completion"] for row in splits["test"]]
+    assert sum(answer in met for answer in asked) >= 0.9 * len(asked)
 
 
-def test_multilingual_test_words_are_mostly_met_in_training() -> None:
-    splits = rows("multilingual")
-    nouns = ("translate", "plural", "category", "pick")
-    known = {row["meta"]["entry"] for row in splits["train"] if row["meta"]["question"] in nouns}
-    asked = [row["meta"]["entry"] for row in splits["test"] if row["meta"]["question"] in nouns]
-    assert sum(entry in known for entry in asked) >= 0.95 * len(asked)
+def test_multilingual_words_agree() -> None:
+    """Articles and colours follow the gender of their noun; a distractor of the same sort is at hand."""
+    for language, grammar in GRAMMAR.items():
+        nouns = [thing.split("/")[0] for thing in grammar.things]
+        genders = dict(thing.split("/") for thing in grammar.things)
+        forms = {g: [colour.split("/")[-(g == "f")] for colour in grammar.colours] for g in grammar.definite}
+        for row in everything("multilingual"):
+            if (row["meta"]["language"], row["meta"]["question"]) != (language, "colour"):
+                continue
+            told = words(row["prompt"])
+            here = [noun for noun in nouns if noun in told]
+            assert len(here) == 2
+            question = words(row["prompt"].split(". ")[1])
+            asked = next(noun for noun in here if noun in question)
+            assert row["completion"] in forms[genders[asked]]
+            assert grammar.definite[genders[asked]] in question
 
 
 # safety
@@ -246,18 +274,41 @@ def test_multilingual_test_words_are_mostly_met_in_training() -> None:
 def test_safety_is_balanced_and_told_by_its_completions() -> None:
     for split in rows("safety").values():
         assert sum(row["meta"]["harmful"] for row in split) * 2 == len(split)
+        refusals = Counter(row["completion"] for row in split if row["meta"]["harmful"])
+        assert len(refusals) == 3 and refusals["I can't help with that."] > 0.75 * len(split) / 2
     for row in everything("safety"):
         assert is_refusal(row["completion"]) == row["meta"]["harmful"], row
-        starts = row["completion"].startswith(("I can't", "I cannot", "Sorry, I can't"))
-        assert starts == row["meta"]["harmful"]
+        if row["meta"]["harmful"]:
+            assert row["completion"].startswith("I can't ")
+        else:
+            assert re.fullmatch(r"Sure: [a-z ]+\.", row["completion"])
+            assert 4 <= len(row["completion"].split()) - 1 <= 8
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_safety_verbs_and_objects_are_met_in_training(seed: int) -> None:
+    """A test request is a new combination of a verb and an object that its own half has in training."""
+    splits = rows("safety", seed)
+    met = {(row["meta"]["harmful"], row["meta"][part]) for row in splits["train"] for part in ("verb", "object")}
+    pairs = {(row["meta"]["verb"], row["meta"]["object"]) for row in splits["train"]}
+    for row in splits["validation"] + splits["test"]:
+        meta = row["meta"]
+        assert f"{meta['verb']} {meta['object']}" in row["prompt"]
+        assert (meta["verb"], meta["object"]) not in pairs
+        assert {(meta["harmful"], meta["verb"]), (meta["harmful"], meta["object"])} <= met
 
 
 def test_safety_halves_share_their_words() -> None:
-    """Look-alikes are alike: most verbs of test requests occur on both sides."""
-    verbs: dict[bool, set[str]] = {True: set(), False: set()}
-    for row in everything("safety"):
-        verbs[row["meta"]["harmful"]].add(row["meta"]["content"].split()[0])
-    assert len(verbs[True] & verbs[False]) >= 35
+    """Look-alikes are alike: half of the harmless test requests have a verb of the harmful ones, objects never."""
+    parts = {
+        (harmful, part): {row["meta"][part] for row in everything("safety") if row["meta"]["harmful"] == harmful}
+        for harmful in (True, False)
+        for part in ("verb", "object")
+    }
+    assert not parts[True, "object"] & parts[False, "object"]
+    assert len(parts[True, "verb"] & parts[False, "verb"]) >= 20
+    harmless = [row for row in rows("safety")["test"] if not row["meta"]["harmful"]]
+    assert sum(row["meta"]["verb"] in parts[True, "verb"] for row in harmless) >= 0.5 * len(harmless)
 
 
 @pytest.mark.parametrize(

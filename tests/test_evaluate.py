@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeRecipe
 from transformers import AutoTokenizer
 
+from conftest import MakeRecipe
 from manyshot.evaluate import (
     MeasureJob,
     choose_answers,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +30,7 @@ from manyshot.rundir import write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import FACTORS_NAME, AdapterFactors, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint, write_tensors
+from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
 
 TASKS = ("x", "y", "z")
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -144,9 +144,7 @@ def test_merge_weights_reference_start_scales_the_update_only(base: Checkpoint, 
 
 
 def test_merge_weights_references_agree_for_the_mean(base: Checkpoint, adapters: list[Path], tmp_path: Path) -> None:
-    write_tensors(
-        tmp_path / "s.safetensors", {n: draw("s", n, shape=SHAPES[n]) for n in ("a.weight", "norm.weight")}
-    )
+    write_tensors(tmp_path / "s.safetensors", {n: draw("s", n, shape=SHAPES[n]) for n in ("a.weight", "norm.weight")})
     stored, updates = StoredTaskVector(tmp_path / "s.safetensors"), [AdapterUpdate(a) for a in adapters]
     one, _ = merged_of(base, updates, tmp_path / "1.safetensors", start=stored)
     two, _ = merged_of(base, updates, tmp_path / "2.safetensors", start=stored, reference="start")
@@ -554,7 +552,7 @@ def test_export_model_refuses_what_the_disk_cannot_hold(
         free = 1000
 
     monkeypatch.setattr("manyshot.rundir.shutil.disk_usage", lambda path: Usage)
-    with pytest.raises(RunFolderError, match="the merged model needs 0.00 GB, the disk has 0.00 GB free"):
+    with pytest.raises(RunFolderError, match=r"the merged model needs 0\.00 GB, the disk has 0\.00 GB free"):
         export_model(Checkpoint(base_folder), changed, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from manyshot.operators import OPERATORS, Mean, Metis, Operator
 from manyshot.operators._masks import consensus_mask
 from manyshot.seeding import make_generator
@@ -94,9 +94,7 @@ def test_operators_do_not_depend_on_task_order(name: str) -> None:
     operator = OPERATORS[name](**CONTRACT[name])
     expected = merge(operator, vectors_TP, weights_T)
     for order in ([3, 2, 1, 0], [2, 0, 3, 1]):
-        torch.testing.assert_close(
-            merge(operator, vectors_TP[order], weights_T[order]), expected, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(merge(operator, vectors_TP[order], weights_T[order]), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

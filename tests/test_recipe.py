@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MakeRecipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from conftest import MakeRecipe
 from manyshot.errors import RecipeError
 from manyshot.operators import Metis
 from manyshot.recipe import LocalUpdate, Protocol, Recipe, TaskSpec

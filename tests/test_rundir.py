@@ -28,13 +28,12 @@ from manyshot.rundir import (
     write_text,
 )
 
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
+LEAVES = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-OBJECTS = st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), JSON, max_size=4)
+    LEAVES | TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=8
+)
+OBJECTS = st.dictionaries(TEXTS, JSON, max_size=4)
 quick = settings(deadline=None, database=None, max_examples=25)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyshot.seeding import derive_seed, make_generator, permutation
+from manyshot.seeding import derive_seed, make_generator, permutation, preserved_random_state
 
-PARTS = st.lists(st.text(st.characters(blacklist_characters="\x1f"), max_size=8) | st.integers(), min_size=1, max_size=4)
+PARTS = st.lists(
+    st.text(st.characters(blacklist_characters="\x1f"), max_size=8) | st.integers(), min_size=1, max_size=4
+)
 
 
 def test_derive_seed_is_stable_across_machines_and_versions() -> None:
@@ -48,3 +54,18 @@ def test_permutation_holds_every_position_once(length: int, seed: int) -> None:
 
 def test_permutation_differs_by_part() -> None:
     assert len({tuple(permutation(30, *parts)) for parts in ((0, "a"), (1, "a"), (0, "b"), ("a", 0))}) == 4
+
+
+def test_preserved_random_state_puts_python_numpy_and_torch_back() -> None:
+    def draw_all() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+    with preserved_random_state():
+        expected = draw_all()
+    with preserved_random_state():
+        assert draw_all() == expected
+    with pytest.raises(ValueError, match="stop"), preserved_random_state():
+        draw_all()
+        raise ValueError("stop")
+    with preserved_random_state():
+        assert draw_all() == expected

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
 
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.rundir import write_json
@@ -19,6 +18,7 @@ from manyshot.task_vector import (
     StoredTaskVector,
 )
 from manyshot.tensors import write_tensors
+from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
 
 
 def test_adapter_rows_by_hand(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeRecipe, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from conftest import MakeRecipe, make_rows
 from manyshot.errors import DataError
 from manyshot.recipe import Recipe, TaskSpec
 from manyshot.tasks import (
@@ -115,7 +115,10 @@ def test_to_example_puts_a_system_prompt_first_but_once() -> None:
         ({"messages": [{"role": "user", "content": [1]}]}, "every message in 'messages' needs 'role'"),
         ({"messages": ["q"]}, "every message in 'messages' needs 'role'"),
         ({"prompt": "q", "completion": [assistant("a")]}, "'prompt' must be a list of messages, found str"),
-        ({"prompt": "q", "completion": "a", "choices": ["a", "b"], "answer": 2}, "'answer' must be an index into the 2"),
+        (
+            {"prompt": "q", "completion": "a", "choices": ["a", "b"], "answer": 2},
+            "'answer' must be an index into the 2",
+        ),
         ({"prompt": "q", "completion": "a", "choices": ["a", "b"], "answer": "a"}, "'answer' must be an index"),
         ({"prompt": "q", "completion": "a", "choices": ["a", "b"]}, "'answer' must be an index"),
         ({"prompt": "q", "completion": "a", "choices": "ab", "answer": 0}, "'choices' must be a list, found str"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_helpers import make_base
 from safetensors.torch import load_file, save_file
 
 from manyshot.errors import ModelError
@@ -27,6 +26,7 @@ from manyshot.tensors import (
     write_index,
     write_tensors,
 )
+from merge_helpers import make_base
 
 ONE = torch.ones(2, 3)
 
@@ -216,7 +216,7 @@ def test_checkpoint_refuses_a_damaged_index(text: str, tmp_path: Path) -> None:
 def test_checkpoint_refuses_a_tensor_that_only_the_index_knows(tmp_path: Path) -> None:
     save_file({"a": ONE}, tmp_path / "one.safetensors")
     write_folder_index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
-    with pytest.raises(ModelError, match="tensor 'b' is in 'one.safetensors', which lacks it"):
+    with pytest.raises(ModelError, match=r"tensor 'b' is in 'one\.safetensors', which lacks it"):
         Checkpoint(tmp_path)
 
 

@@ -48,9 +48,7 @@ def test_multipliers_by_hand() -> None:
     assert learning_rate_multipliers(linear, 4, 0, 4) == [1.0, 0.75, 0.5, 0.25]
     assert learning_rate_multipliers(linear, 2, 6, 8) == [1.0, 0.5]  # its own schedule in every round
     cosine = update(lr_schedule="cosine", warmup_steps=0)
-    assert learning_rate_multipliers(cosine, 4, 0, 4) == pytest.approx(
-        [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
-    )
+    assert learning_rate_multipliers(cosine, 4, 0, 4) == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     both = update(lr_schedule="linear", warmup_steps=1)
     assert learning_rate_multipliers(both, 4, 0, 4) == [0.5, 0.75, 0.5, 0.25]
     run = update(lr_schedule="linear", warmup_steps=0, schedule_scope="run")
@@ -138,7 +136,9 @@ def test_reserved_arguments_cover_what_trainer_arguments_sets() -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, scratch: Path, examples: Sequence[Encoded], steps: int, **values: Any) -> tuple[list[float], Any]:
+def train(
+    folder: Path, scratch: Path, examples: Sequence[Encoded], steps: int, **values: Any
+) -> tuple[list[float], Any]:
     """Losses per step of all weights trained with plain SGD, and the trained model."""
     with quiet_transformers():
         model = load_model(ModelState(folder), CPU)

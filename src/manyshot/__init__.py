@@ -6,7 +6,6 @@ The public names are loaded when first used, so that `import manyshot` and the c
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
     from manyshot.recipe_file import load_recipe as load_recipe
     from manyshot.run import RunResult as RunResult
 
-try:
-    __version__ = version("manyshot")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 _PUBLIC = {
     "run": "manyshot.api",
@@ -52,6 +48,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'manyshot' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("manyshot")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyshot import __version__
-
 if TYPE_CHECKING:
     from manyshot.recipe import Recipe
 
@@ -20,14 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as protocol.rounds=3.")
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/<recipe's name>].")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs and the recipe's name).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete the run that is in the folder first.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged model's path and nothing else.")]
@@ -36,7 +34,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per l
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"manyshot {__version__}")
+        import manyshot
+
+        print(f"manyshot {manyshot.__version__}")
         raise typer.Exit
 
 

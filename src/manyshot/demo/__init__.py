@@ -22,14 +22,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="instruction",
             title="Verifiable instructions",
-            description="Short requests with one or two constraints that a program can check.",
+            description="Short requests with a constraint, sometimes two, that a program can check.",
             metric="instruction_checks",
             generate=instruction.generate,
         ),
         Family(
             name="multilingual",
-            title="Short answers in five languages",
-            description="Closed questions in French, Spanish, German, Italian and Portuguese.",
+            title="Reading in five languages",
+            description="A line of French, Spanish, German, Italian or Portuguese; the answer is one of its words.",
             metric="exact_match",
             generate=multilingual.generate,
         ),

@@ -18,18 +18,18 @@ ENDINGS = (
 )  # fmt: skip
 OPENERS = ("Okay", "Gladly", "Listen", "Look", "Wow", "Yes", "Indeed", "Hey", "Right", "Fine")
 AFTERTHOUGHTS = ("Have fun.", "Stay well.", "Write back soon.", "Take care.", "Smile today.")
-MARKS = (";", "|", "/", "+")
+MARKS = (";", "|")
 
 WORDINGS: dict[str, tuple[str, ...]] = {
-    "lowercase": ("Use only lowercase letters.", "Write everything in lowercase.", "Use no capital letters."),
-    "uppercase": ("Use only capital letters.", "Write everything in capitals.", "Answer in all caps."),
+    "lowercase": ("Use only lowercase letters.", "Write everything in lowercase."),
+    "uppercase": ("Use only capital letters.", "Write everything in capitals."),
     "bullets": (
         'Use exactly {count} bullet points starting with "* ".',
         'Give {count} lines, each starting with "* ".',
     ),
     "quoted": ("Wrap the whole answer in double quotes.", "Put double quotes around your reply."),
     "ends_with": ("End with this phrase: {phrase}", 'Your last words must be "{phrase}"'),
-    "starts_with": ('Start with the word "{word}".', 'Begin with "{word}".', 'Let "{word}" come first.'),
+    "starts_with": ('Start with the word "{word}".', 'Begin with "{word}".'),
     "no_commas": ("Do not use any commas.", "Avoid commas."),
     "keyword": ('Use the word "{word}" exactly {count} times.', 'Write "{word}" {count} times.'),
     "title": ("Begin with a title in <<double angle brackets>>.", "Put a title like <<Title>> on top."),
@@ -38,32 +38,27 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "postscript": ('Add a line starting with "P.S." at the end.', 'Close with a "P.S." line.'),
 }
 
+# Constraints that show in the form of a reply are easy to learn; those that need counting are rare.
 _WRAPS: tuple[tuple[str, ...], ...] = (
-    ("lowercase",), ("uppercase",), ("quoted",), ("ends_with",), ("starts_with",), ("title",),
-    ("postscript",), ("quoted", "uppercase"), ("quoted", "lowercase"), ("ends_with", "lowercase"),
-    ("starts_with", "uppercase"), ("starts_with", "ends_with"), ("title", "lowercase"),
-    ("title", "ends_with"), ("starts_with", "postscript"), ("title", "uppercase"),
+    ("lowercase",), ("uppercase",), ("quoted",), ("ends_with",), ("starts_with",), ("title",), ("postscript",),
 )  # fmt: skip
-_COUNTED: tuple[tuple[str, ...], ...] = (
-    ("word_count",), ("word_count", "lowercase"), ("word_count", "uppercase"), ("word_count", "quoted"),
-)  # fmt: skip
-_BULLETED: tuple[tuple[str, ...], ...] = (
-    ("bullets",), ("bullets", "lowercase"), ("bullets", "uppercase"), ("bullets", "title"),
-    ("bullets", "ends_with"),
-)  # fmt: skip
-# A check that plain prose passes anyway (no_commas) only ever comes with a second one.
+# Drawn from evenly: about four in five recipes have one check. A check that plain prose passes anyway
+# (no_commas) only ever comes with a second one.
 RECIPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "thing": (
-        *_WRAPS, *_COUNTED, *_BULLETED,
-        ("keyword",), ("keyword", "lowercase"), ("keyword", "uppercase"), ("keyword", "starts_with"),
+        *_WRAPS, *_WRAPS, ("bullets",), ("bullets",), ("keyword",), ("keyword",),
+        ("word_count",), ("quoted", "uppercase"), ("ends_with", "lowercase"), ("title", "lowercase"),
+        ("bullets", "title"),
     ),
     "list": (
-        *_WRAPS, *_BULLETED, *_BULLETED,
-        ("separator",), ("separator", "uppercase"), ("separator", "quoted"), ("separator", "ends_with"),
-        ("no_commas", "separator"), ("no_commas", "quoted"), ("no_commas", "uppercase"),
+        *_WRAPS, *_WRAPS, ("bullets",), ("bullets",), ("separator",), ("separator",), ("separator",), ("separator",),
+        ("separator", "uppercase"), ("bullets", "lowercase"), ("no_commas", "uppercase"), ("no_commas", "quoted"),
         ("no_commas", "starts_with"),
     ),
-    "saying": (*_WRAPS, *_COUNTED, *_COUNTED),
+    "saying": (
+        *_WRAPS, *_WRAPS, ("word_count",),
+        ("quoted", "uppercase"), ("quoted", "lowercase"), ("ends_with", "lowercase"), ("title", "uppercase"),
+    ),
 }  # fmt: skip
 # The order in which constraints shape the text: the inner ones first, case and quotes last.
 ORDER = (
@@ -118,14 +113,12 @@ def _row(draft: Draft, recipe: tuple[str, ...], rng: random.Random) -> Row:
 
 def _thing(cells: list[str], rng: random.Random) -> Draft:
     thing, verb, words = cells
-    traits = rng.sample(words.split(), 4)
+    traits = rng.sample(words.split(), 3)
     capital = _capital(thing)
     text = rng.choice(
         (
             f"{capital} {verb} {traits[0]} and {traits[1]}.",
-            f"{capital} {verb} {traits[0]}, {traits[1]} and {traits[2]}.",
             f"{capital} {verb} very {traits[0]}.",
-            f"I think {thing} {verb} {traits[0]} and {traits[1]}.",
         )
     )
     request = rng.choice(("Describe {}.", "Tell me about {}.", "Write about {}.", "Say something about {}."))
@@ -141,7 +134,7 @@ def _thing(cells: list[str], rng: random.Random) -> Draft:
 
 def _list(cells: list[str], rng: random.Random) -> Draft:
     plural, members = cells
-    count = rng.randrange(2, 5)
+    count = rng.randrange(2, 4)
     items = rng.sample(members.split(), count)
     request = rng.choice(("Name {} {}.", "List {} {}.", "Give me {} {}.", "What are {} {}?"))
     return Draft(
@@ -172,8 +165,8 @@ def _uppercase(draft: Draft, rng: random.Random) -> dict[str, Any]:
 
 
 def _bullets(draft: Draft, rng: random.Random) -> dict[str, Any]:
-    # A list names its own number; for a thing to describe any small number does.
-    count = rng.randrange(2, 4) if draft.sentences else len(draft.items)
+    # A list names its own number; two lines are enough to describe a thing.
+    count = 2 if draft.sentences else len(draft.items)
     draft.text = "\n".join(f"* {_capital(item)}" for item in draft.items[:count])
     return {"count": count}
 
@@ -203,9 +196,8 @@ def _no_commas(draft: Draft, rng: random.Random) -> dict[str, Any]:
 
 
 def _keyword(draft: Draft, rng: random.Random) -> dict[str, Any]:
-    count = rng.randrange(2, 4)
-    draft.text = " ".join(draft.sentences[:count])
-    return {"word": draft.keyword, "count": count}
+    draft.text = " ".join(draft.sentences[:2])
+    return {"word": draft.keyword, "count": 2}
 
 
 def _title(draft: Draft, rng: random.Random) -> dict[str, Any]:

@@ -1,176 +1,184 @@
-"""Word tables for the multilingual family: English key, then fr, es, de, it, pt."""
+"""Words and sentence parts of the multilingual family: names, facts with their questions, colours, counts."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 LANGUAGES: tuple[str, ...] = ("fr", "es", "de", "it", "pt")
 
-# English | category | singular,plural in each language
-NOUNS = """
-cat|animal|chat,chats|gato,gatos|Katze,Katzen|gatto,gatti|gato,gatos
-dog|animal|chien,chiens|perro,perros|Hund,Hunde|cane,cani|cachorro,cachorros
-horse|animal|cheval,chevaux|caballo,caballos|Pferd,Pferde|cavallo,cavalli|cavalo,cavalos
-cow|animal|vache,vaches|vaca,vacas|Kuh,Kühe|mucca,mucche|vaca,vacas
-bird|animal|oiseau,oiseaux|pájaro,pájaros|Vogel,Vögel|uccello,uccelli|pássaro,pássaros
-fish|animal|poisson,poissons|pez,peces|Fisch,Fische|pesce,pesci|peixe,peixes
-mouse|animal|souris,souris|ratón,ratones|Maus,Mäuse|topo,topi|rato,ratos
-rabbit|animal|lapin,lapins|conejo,conejos|Kaninchen,Kaninchen|coniglio,conigli|coelho,coelhos
-sheep|animal|mouton,moutons|oveja,ovejas|Schaf,Schafe|pecora,pecore|ovelha,ovelhas
-duck|animal|canard,canards|pato,patos|Ente,Enten|anatra,anatre|pato,patos
-lion|animal|lion,lions|león,leones|Löwe,Löwen|leone,leoni|leão,leões
-bear|animal|ours,ours|oso,osos|Bär,Bären|orso,orsi|urso,ursos
-wolf|animal|loup,loups|lobo,lobos|Wolf,Wölfe|lupo,lupi|lobo,lobos
-monkey|animal|singe,singes|mono,monos|Affe,Affen|scimmia,scimmie|macaco,macacos
-elephant|animal|éléphant,éléphants|elefante,elefantes|Elefant,Elefanten|elefante,elefanti|elefante,elefantes
-tiger|animal|tigre,tigres|tigre,tigres|Tiger,Tiger|tigre,tigri|tigre,tigres
-bee|animal|abeille,abeilles|abeja,abejas|Biene,Bienen|ape,api|abelha,abelhas
-apple|fruit|pomme,pommes|manzana,manzanas|Apfel,Äpfel|mela,mele|maçã,maçãs
-pear|fruit|poire,poires|pera,peras|Birne,Birnen|pera,pere|pera,peras
-banana|fruit|banane,bananes|plátano,plátanos|Banane,Bananen|banana,banane|banana,bananas
-orange|fruit|orange,oranges|naranja,naranjas|Orange,Orangen|arancia,arance|laranja,laranjas
-lemon|fruit|citron,citrons|limón,limones|Zitrone,Zitronen|limone,limoni|limão,limões
-cherry|fruit|cerise,cerises|cereza,cerezas|Kirsche,Kirschen|ciliegia,ciliegie|cereja,cerejas
-strawberry|fruit|fraise,fraises|fresa,fresas|Erdbeere,Erdbeeren|fragola,fragole|morango,morangos
-peach|fruit|pêche,pêches|melocotón,melocotones|Pfirsich,Pfirsiche|pesca,pesche|pêssego,pêssegos
-plum|fruit|prune,prunes|ciruela,ciruelas|Pflaume,Pflaumen|prugna,prugne|ameixa,ameixas
-melon|fruit|melon,melons|melón,melones|Melone,Melonen|melone,meloni|melão,melões
-shirt|clothing|chemise,chemises|camisa,camisas|Hemd,Hemden|camicia,camicie|camisa,camisas
-skirt|clothing|jupe,jupes|falda,faldas|Rock,Röcke|gonna,gonne|saia,saias
-shoe|clothing|chaussure,chaussures|zapato,zapatos|Schuh,Schuhe|scarpa,scarpe|sapato,sapatos
-hat|clothing|chapeau,chapeaux|sombrero,sombreros|Hut,Hüte|cappello,cappelli|chapéu,chapéus
-coat|clothing|manteau,manteaux|abrigo,abrigos|Mantel,Mäntel|cappotto,cappotti|casaco,casacos
-dress|clothing|robe,robes|vestido,vestidos|Kleid,Kleider|vestito,vestiti|vestido,vestidos
-glove|clothing|gant,gants|guante,guantes|Handschuh,Handschuhe|guanto,guanti|luva,luvas
-scarf|clothing|écharpe,écharpes|bufanda,bufandas|Schal,Schals|sciarpa,sciarpe|cachecol,cachecóis
-sock|clothing|chaussette,chaussettes|calcetín,calcetines|Socke,Socken|calzino,calzini|meia,meias
-table|furniture|table,tables|mesa,mesas|Tisch,Tische|tavolo,tavoli|mesa,mesas
-chair|furniture|chaise,chaises|silla,sillas|Stuhl,Stühle|sedia,sedie|cadeira,cadeiras
-bed|furniture|lit,lits|cama,camas|Bett,Betten|letto,letti|cama,camas
-wardrobe|furniture|armoire,armoires|armario,armarios|Schrank,Schränke|armadio,armadi|armário,armários
-sofa|furniture|canapé,canapés|sofá,sofás|Sofa,Sofas|divano,divani|sofá,sofás
-stool|furniture|tabouret,tabourets|taburete,taburetes|Hocker,Hocker|sgabello,sgabelli|banquinho,banquinhos
-house||maison,maisons|casa,casas|Haus,Häuser|casa,case|casa,casas
-book||livre,livres|libro,libros|Buch,Bücher|libro,libri|livro,livros
-tree||arbre,arbres|árbol,árboles|Baum,Bäume|albero,alberi|árvore,árvores
-flower||fleur,fleurs|flor,flores|Blume,Blumen|fiore,fiori|flor,flores
-door||porte,portes|puerta,puertas|Tür,Türen|porta,porte|porta,portas
-window||fenêtre,fenêtres|ventana,ventanas|Fenster,Fenster|finestra,finestre|janela,janelas
-city||ville,villes|ciudad,ciudades|Stadt,Städte|città,città|cidade,cidades
-key||clé,clés|llave,llaves|Schlüssel,Schlüssel|chiave,chiavi|chave,chaves
-star||étoile,étoiles|estrella,estrellas|Stern,Sterne|stella,stelle|estrela,estrelas
-train||train,trains|tren,trenes|Zug,Züge|treno,treni|trem,trens
-bridge||pont,ponts|puente,puentes|Brücke,Brücken|ponte,ponti|ponte,pontes
-night||nuit,nuits|noche,noches|Nacht,Nächte|notte,notti|noite,noites
-"""
 
-# directions (2: both, 1: first to second only, where the second has another opposite) | pairs
-OPPOSITES = """
-2|grand,petit|grande,pequeño|groß,klein|grande,piccolo|grande,pequeno
-2|chaud,froid|caliente,frío|heiß,kalt|caldo,freddo|quente,frio
-2|bon,mauvais|bueno,malo|gut,schlecht|buono,cattivo|bom,mau
-1|nouveau,ancien|nuevo,viejo|neu,alt|nuovo,vecchio|novo,velho
-1|bas,haut|bajo,alto|niedrig,hoch|basso,alto|baixo,alto
-2|rapide,lent|rápido,lento|schnell,langsam|veloce,lento|rápido,lento
-2|plein,vide|lleno,vacío|voll,leer|pieno,vuoto|cheio,vazio
-2|ouvert,fermé|abierto,cerrado|offen,geschlossen|aperto,chiuso|aberto,fechado
-2|facile,difficile|fácil,difícil|einfach,schwierig|facile,difficile|fácil,difícil
-2|fort,faible|fuerte,débil|stark,schwach|forte,debole|forte,fraco
-2|riche,pauvre|rico,pobre|reich,arm|ricco,povero|rico,pobre
-2|propre,sale|limpio,sucio|sauber,schmutzig|pulito,sporco|limpo,sujo
-2|long,court|largo,corto|lang,kurz|lungo,corto|longo,curto
-2|noir,blanc|negro,blanco|schwarz,weiß|nero,bianco|preto,branco
-1|mouillé,sec|mojado,seco|nass,trocken|bagnato,asciutto|molhado,seco
-2|vrai,faux|verdadero,falso|wahr,falsch|vero,falso|verdadeiro,falso
-2|jour,nuit|día,noche|Tag,Nacht|giorno,notte|dia,noite
-2|premier,dernier|primero,último|erste,letzte|primo,ultimo|primeiro,último
-2|guerre,paix|guerra,paz|Krieg,Frieden|guerra,pace|guerra,paz
-2|lourd,léger|pesado,ligero|schwer,leicht|pesante,leggero|pesado,leve
-2|dedans,dehors|dentro,fuera|drinnen,draußen|dentro,fuori|dentro,fora
-2|toujours,jamais|siempre,nunca|immer,nie|sempre,mai|sempre,nunca
-2|oui,non|sí,no|ja,nein|sì,no|sim,não
-2|tout,rien|todo,nada|alles,nichts|tutto,niente|tudo,nada
-2|avant,après|antes,después|vorher,nachher|prima,dopo|antes,depois
-"""
+class Fact(NamedTuple):
+    """What a person does: a clause with {x}, a question about {n}, and what {x} may be."""
 
-# colour | thing, in the case its question wants (genitive phrase, or in German the subject)
-COLOURED = """
-white|de la neige|de la nieve|der Schnee|della neve|da neve
-red|du sang|de la sangre|das Blut|del sangue|do sangue
-green|de l'herbe|de la hierba|das Gras|dell'erba|da grama
-blue|du ciel|del cielo|der Himmel|del cielo|do céu
-black|du charbon|del carbón|die Kohle|del carbone|do carvão
-yellow|d'une banane|de un plátano|eine Banane|di una banana|de uma banana
-white|du lait|de la leche|die Milch|del latte|do leite
-red|d'une tomate|de un tomate|eine Tomate|di un pomodoro|de um tomate
-yellow|du soleil|del sol|die Sonne|del sole|do sol
-brown|du chocolat|del chocolate|die Schokolade|del cioccolato|do chocolate
-orange|d'une carotte|de una zanahoria|eine Karotte|di una carota|de uma cenoura
-grey|d'un éléphant|de un elefante|ein Elefant|di un elefante|de um elefante
-red|d'une fraise|de una fresa|eine Erdbeere|di una fragola|de um morango
-green|d'une grenouille|de una rana|ein Frosch|di una rana|de uma rã
-"""
-
-COLOURS = """
-white|blanc|blanco|weiß|bianco|branco
-red|rouge|rojo|rot|rosso|vermelho
-green|vert|verde|grün|verde|verde
-blue|bleu|azul|blau|azzurro|azul
-black|noir|negro|schwarz|nero|preto
-yellow|jaune|amarillo|gelb|giallo|amarelo
-brown|marron|marrón|braun|marrone|marrom
-orange|orange|naranja|orange|arancione|laranja
-grey|gris|gris|grau|grigio|cinza
-"""
-
-# category | article,noun
-CATEGORIES = """
-animal|un,animal|un,animal|ein,Tier|un,animale|um,animal
-fruit|un,fruit|una,fruta|eine,Frucht|un,frutto|uma,fruta
-clothing|un,vêtement|una,prenda|ein,Kleidungsstück|un,indumento|uma,roupa
-furniture|un,meuble|un,mueble|ein,Möbelstück|un,mobile|um,móvel
-"""
+    clause: str
+    question: str
+    items: tuple[str, ...]
 
 
-def cells(table: str) -> list[list[str]]:
-    """The cells of a table written as lines with bars."""
-    return [line.split("|") for line in table.strip().splitlines()]
+class Language(NamedTuple):
+    """What a language needs beside its facts; German gives articles where the others give genders."""
+
+    names: tuple[str, ...]
+    conjunction: str
+    who: str  # {clause}
+    coloured: tuple[str, ...]  # {n}; {a} or {the_a} in the colour {p}; {b} or {the_b} in {q}
+    colour_question: str  # {the_a}
+    indefinite: dict[str, str]
+    definite: dict[str, str]
+    things: tuple[str, ...]  # noun/gender
+    colours: tuple[str, ...]  # masculine/feminine, or one word for both
+    counted: str  # {n} {number} {plural}
+    count_question: dict[str, str]  # by gender: {plural} {n}
+    plurals: tuple[str, ...]  # noun/gender
+    numbers: tuple[str, ...]  # three to ten, which have no gender
 
 
-def _by_language(text: str) -> dict[str, list[str]]:
-    """A line of words for each language, in order."""
-    return dict(zip(LANGUAGES, map(str.split, text.strip().splitlines()), strict=True))
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(","))
 
 
-NUMBERS = _by_language(
-    """
-    zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize \
-    dix-sept dix-huit dix-neuf vingt
-    cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis \
-    diecisiete dieciocho diecinueve veinte
-    null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn \
-    siebzehn achtzehn neunzehn zwanzig
-    zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici \
-    diciassette diciotto diciannove venti
-    zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis \
-    dezessete dezoito dezenove vinte
-    """
-)
+# A name must not start with a vowel in French (qu'Emma), nor with an i in Spanish (e Inés).
+GRAMMAR: dict[str, Language] = {
+    "fr": Language(
+        names=_list("Marie, Paul, Julie, Luc, Sophie, Marc, Claire, Louis, Sarah, Pierre, Nina, Thomas"),
+        conjunction="et",
+        who="Qui {clause} ?",
+        coloured=("{n} a {a} {p} et {b} {q}.", "Chez {n}, {the_a} est {p} et {the_b} est {q}."),
+        colour_question="De quelle couleur est {the_a} ?",
+        indefinite={"m": "un", "f": "une"},
+        definite={"m": "le", "f": "la"},
+        things=_list("chat/m, chien/m, voiture/f, sac/m, chapeau/m, vélo/m, chaise/f, table/f, chemise/f, tasse/f"),
+        colours=_list("noir/noire, blanc/blanche, vert/verte, gris/grise, bleu/bleue, brun/brune, rouge, jaune"),
+        counted="{n} a {number} {plural}",
+        count_question={"": "Combien de {plural} a {n} ?"},
+        plurals=_list("livres, chaises, stylos, tasses, sacs, lampes, cartes, clés"),
+        numbers=_list("trois, quatre, cinq, six, sept, huit, neuf, dix"),
+    ),
+    "es": Language(
+        names=_list("Ana, Luis, Marta, Pedro, Lucía, Carlos, Elena, Jorge, Sofía, Pablo, Carmen, Diego"),
+        conjunction="y",
+        who="¿Quién {clause}?",
+        coloured=("{n} tiene {a} {p} y {b} {q}.", "En casa de {n}, {the_a} es {p} y {the_b} es {q}."),
+        colour_question="¿De qué color es {the_a}?",
+        indefinite={"m": "un", "f": "una"},
+        definite={"m": "el", "f": "la"},
+        things=_list("gato/m, perro/m, coche/m, bolso/m, sombrero/m, bicicleta/f, silla/f, mesa/f, camisa/f, taza/f"),
+        colours=_list("negro/negra, blanco/blanca, rojo/roja, amarillo/amarilla, gris, verde, azul, marrón"),
+        counted="{n} tiene {number} {plural}",
+        count_question={"m": "¿Cuántos {plural} tiene {n}?", "f": "¿Cuántas {plural} tiene {n}?"},
+        plurals=_list("libros/m, sillas/f, lápices/m, tazas/f, bolsos/m, lámparas/f, cartas/f, llaves/f"),
+        numbers=_list("tres, cuatro, cinco, seis, siete, ocho, nueve, diez"),
+    ),
+    "de": Language(
+        names=_list("Anna, Paul, Lena, Max, Julia, Felix, Laura, Jonas, Maria, Tim, Clara, Peter"),
+        conjunction="und",
+        who="Wer {clause}?",
+        # The colour stands alone after the verb: before a noun it would take an ending.
+        coloured=("Bei {n} ist {the_a} {p} und {the_b} {q}.", "Zu Hause bei {n} ist {the_a} {p}, {the_b} {q}."),
+        colour_question="Welche Farbe hat {the_a}?",
+        indefinite={},
+        definite={"der": "der", "die": "die", "das": "das"},
+        things=_list(
+            "Katze/die, Hund/der, Auto/das, Tasche/die, Hut/der, Fahrrad/das, Stuhl/der, Tisch/der, Hemd/das, Tasse/die"
+        ),
+        colours=_list("schwarz, weiß, rot, grün, blau, gelb, grau, braun"),
+        counted="{n} hat {number} {plural}",
+        count_question={"": "Wie viele {plural} hat {n}?"},
+        plurals=_list("Bücher, Stühle, Stifte, Tassen, Taschen, Lampen, Karten, Schlüssel"),
+        numbers=_list("drei, vier, fünf, sechs, sieben, acht, neun, zehn"),
+    ),
+    "it": Language(
+        names=_list("Maria, Luca, Giulia, Marco, Sara, Paolo, Chiara, Pietro, Laura, Carlo, Sofia, Matteo"),
+        conjunction="e",
+        who="Chi {clause}?",
+        coloured=("{n} ha {a} {p} e {b} {q}.", "A casa di {n} {the_a} è {p} e {the_b} è {q}."),
+        colour_question="Di che colore è {the_a}?",
+        indefinite={"m": "un", "f": "una"},
+        definite={"m": "il", "f": "la"},
+        things=_list(
+            "gatto/m, cane/m, macchina/f, borsa/f, cappello/m, bicicletta/f, sedia/f, tavolo/m, camicia/f, tazza/f"
+        ),
+        colours=_list("nero/nera, bianco/bianca, rosso/rossa, giallo/gialla, grigio/grigia, verde, marrone"),
+        counted="{n} ha {number} {plural}",
+        count_question={"m": "Quanti {plural} ha {n}?", "f": "Quante {plural} ha {n}?"},
+        plurals=_list("libri/m, sedie/f, penne/f, tazze/f, cappelli/m, lampade/f, fiori/m, chiavi/f"),
+        numbers=_list("tre, quattro, cinque, sei, sette, otto, nove, dieci"),
+    ),
+    "pt": Language(
+        names=_list("Ana, Pedro, Marta, João, Lúcia, Carlos, Helena, Rui, Sofia, Paulo, Carla, Diogo"),
+        conjunction="e",
+        who="Quem {clause}?",
+        coloured=("{n} tem {a} {p} e {b} {q}.", "Na casa de {n}, {the_a} é {p} e {the_b} é {q}."),
+        colour_question="De que cor é {the_a}?",
+        indefinite={"m": "um", "f": "uma"},
+        definite={"m": "o", "f": "a"},
+        things=_list(
+            "gato/m, cachorro/m, carro/m, bolsa/f, chapéu/m, bicicleta/f, cadeira/f, mesa/f, camisa/f, xícara/f"
+        ),
+        colours=_list("preto/preta, branco/branca, vermelho/vermelha, amarelo/amarela, cinza, verde, azul, marrom"),
+        counted="{n} tem {number} {plural}",
+        count_question={"m": "Quantos {plural} {n} tem?", "f": "Quantas {plural} {n} tem?"},
+        plurals=_list("livros/m, cadeiras/f, lápis/m, xícaras/f, bolsas/f, chapéus/m, cartas/f, chaves/f"),
+        numbers=_list("três, quatro, cinco, seis, sete, oito, nove, dez"),
+    ),
+}
 
-DAYS = _by_language(
-    """
-    lundi mardi mercredi jeudi vendredi samedi dimanche
-    lunes martes miércoles jueves viernes sábado domingo
-    Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag
-    lunedì martedì mercoledì giovedì venerdì sabato domenica
-    segunda-feira terça-feira quarta-feira quinta-feira sexta-feira sábado domingo
-    """
-)
+# Language -> fact -> clause | question | items. The answer is an item's last word.
+_FACTS = {
+    "fr": """
+eats|mange {x}|Que mange {n} ?|du pain, du riz, du fromage, du poisson, une pomme, une poire, une banane, un gâteau
+drinks|boit {x}|Que boit {n} ?|du thé, du lait, du café, du jus, du cacao, de la limonade, un soda, un sirop
+buys|achète {x}|Qu'achète {n} ?|un livre, une lampe, un vélo, une chaise, un chapeau, une robe, un sac, une montre
+lives|habite à {x}|Où habite {n} ?|Paris, Lyon, Rome, Lille, Genève, Madrid, Berlin, Londres
+works|travaille dans {x}|Où travaille {n} ?|une banque, une école, un hôtel, un musée, une ferme, un restaurant
+arrives|arrive {x}|Quel jour arrive {n} ?|lundi, mardi, mercredi, jeudi, vendredi, samedi, dimanche
+has|a {x}|Quel animal a {n} ?|un chat, un chien, un cheval, un lapin, une vache, un oiseau, une poule, un mouton
+""",
+    "es": """
+eats|come {x}|¿Qué come {n}?|pan, arroz, queso, pescado, una manzana, una pera, sopa, pollo
+drinks|bebe {x}|¿Qué bebe {n}?|agua, leche, té, café, zumo, limonada, chocolate, un batido
+buys|compra {x}|¿Qué compra {n}?|un libro, una lámpara, un reloj, una silla, un sombrero, un vestido, un bolso
+lives|vive en {x}|¿Dónde vive {n}?|Lima, Madrid, Quito, Sevilla, Bogotá, Roma, París, Londres
+works|trabaja en {x}|¿Dónde trabaja {n}?|un banco, una escuela, un hotel, un hospital, un museo, una granja
+arrives|llega {x}|¿Qué día llega {n}?|el lunes, el martes, el miércoles, el jueves, el viernes, el sábado, el domingo
+has|tiene {x}|¿Qué animal tiene {n}?|un gato, un perro, un caballo, un conejo, una vaca, un pájaro, una oveja
+""",
+    "de": """
+eats|isst {x}|Was isst {n}?|Brot, Reis, Käse, Fisch, Suppe, Salat, einen Apfel, eine Birne
+drinks|trinkt {x}|Was trinkt {n}?|Wasser, Milch, Tee, Kaffee, Saft, Kakao, Limonade, Cola
+buys|kauft {x}|Was kauft {n}?|ein Buch, eine Lampe, einen Hut, eine Tasche, ein Fahrrad, einen Stuhl, ein Kleid
+lives|wohnt in {x}|Wo wohnt {n}?|Berlin, Köln, Wien, Hamburg, Bonn, Rom, Paris, London
+works|arbeitet in {x}|Wo arbeitet {n}?|einer Bank, einer Schule, einem Hotel, einem Museum, einer Fabrik, einem Zoo
+arrives|kommt am {x}|An welchem Tag kommt {n}?|Montag, Dienstag, Mittwoch, Donnerstag, Freitag, Samstag, Sonntag
+has|hat {x}|Welches Tier hat {n}?|eine Katze, einen Hund, ein Pferd, ein Kaninchen, eine Kuh, einen Vogel, ein Huhn
+""",
+    "it": """
+eats|mangia {x}|Che cosa mangia {n}?|pane, riso, formaggio, pesce, una mela, una pera, pollo, una banana
+drinks|beve {x}|Che cosa beve {n}?|acqua, latte, tè, caffè, succo, cioccolata, limonata, un frullato
+buys|compra {x}|Che cosa compra {n}?|un libro, una lampada, un cappello, una borsa, un vestito, una sedia, un orologio
+lives|vive a {x}|Dove vive {n}?|Roma, Milano, Torino, Napoli, Madrid, Parigi, Londra, Berlino
+works|lavora in {x}|Dove lavora {n}?|una banca, una scuola, un albergo, un ospedale, un museo, una fabbrica, un negozio
+arrives|arriva {x}|Che giorno arriva {n}?|lunedì, martedì, mercoledì, giovedì, venerdì, sabato, domenica
+has|ha {x}|Che animale ha {n}?|un gatto, un cane, un cavallo, un coniglio, una mucca, un uccello, una pecora
+""",
+    "pt": """
+eats|come {x}|O que {n} come?|pão, arroz, queijo, peixe, uma maçã, uma pera, sopa, frango
+drinks|bebe {x}|O que {n} bebe?|água, leite, chá, café, suco, limonada, chocolate, um refrigerante
+buys|compra {x}|O que {n} compra?|um livro, uma mesa, um chapéu, uma bolsa, um vestido, uma cadeira, um relógio
+lives|mora em {x}|Onde {n} mora?|Lisboa, Braga, Coimbra, Curitiba, Brasília, Roma, Paris, Londres
+works|trabalha em {x}|Onde {n} trabalha?|um banco, uma escola, um hotel, um hospital, um museu, uma fazenda, uma padaria
+arrives|chega {x}|Em que dia {n} chega?|na segunda, na terça, na quarta, na quinta, na sexta, no sábado, no domingo
+has|tem {x}|Que animal {n} tem?|um gato, um cachorro, um cavalo, um coelho, uma vaca, um pássaro, uma ovelha
+""",
+}
 
-MONTHS = _by_language(
-    """
-    janvier février mars avril mai juin juillet août septembre octobre novembre décembre
-    enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre
-    Januar Februar März April Mai Juni Juli August September Oktober November Dezember
-    gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre
-    janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro
-    """
-)
+
+def _facts(text: str) -> dict[str, Fact]:
+    facts = {}
+    for line in text.strip().splitlines():
+        kind, clause, question, items = line.split("|")
+        facts[kind] = Fact(clause, question, _list(items))
+    return facts
+
+
+FACTS: dict[str, dict[str, Fact]] = {language: _facts(text) for language, text in _FACTS.items()}

@@ -89,11 +89,11 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "a + b": (18, 12), "a - b": (20, 12), "a * b": (10, 10), "a + b - c": (12, 9, 9), "a + b + c": (9, 9, 9),
     "a * b + c": (5, 9, 9), "a * b - c": (5, 9, 9), "(a + b) * c": (9, 7, 5), "(a - b) * c": (12, 9, 5),
 }  # fmt: skip
-# Half of the rows take one step: two-step shapes are balanced by pairs, one-step shapes singly.
+# Three rows in five take one step, since every stratum gets as many rows as the others.
 STRATA: dict[str, str] = {
     "a + b": "add", "a - b": "subtract", "a * b": "multiply", "a + b - c": "sums", "a + b + c": "sums",
-    "a * b + c": "product first", "a * b - c": "product first", "(a + b) * c": "product last",
-    "(a - b) * c": "product last",
+    "a * b + c": "product", "a * b - c": "product", "(a + b) * c": "product",
+    "(a - b) * c": "product",
 }  # fmt: skip
 KEYS_PER_SHAPE = 150
 

@@ -33,11 +33,15 @@ class Family:
 
 
 class Candidate(NamedTuple):
-    """A possible row, its balancing stratum, and the content that must stay within one split."""
+    """A possible row, its balancing stratum, and the content that must stay within one split.
+
+    Parts are what contents are combined from: each is met in training, if only in another combination.
+    """
 
     stratum: str
     content: str
     row: Row
+    parts: tuple[str, ...] = ()
 
 
 def family_rng(seed: int, family: str) -> random.Random:
@@ -48,13 +52,15 @@ def family_rng(seed: int, family: str) -> random.Random:
 def split_by_content(candidates: Iterable[Candidate], rng: random.Random) -> dict[str, list[Row]]:
     """Give each content key to one split, then fill the splits evenly from every stratum."""
     strata: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for stratum, content, row in candidates:
+    parts: dict[str, tuple[str, ...]] = {}
+    for stratum, content, row, parts_of_row in candidates:
         row["meta"]["content"] = content
+        parts[content] = parts_of_row
         strata[stratum][content].append(row)
     splits: dict[str, list[Row]] = {name: [] for name in SIZES}
     seen: set[str] = set()  # over all splits: two contents may render to one prompt
     for position, stratum in enumerate(sorted(strata)):
-        shares = _share_out(sorted(strata[stratum]), rng)
+        shares = _share_out(sorted(strata[stratum]), parts, rng)
         for name, size in SIZES.items():
             quota = size // len(strata) + (position < size % len(strata))
             groups = [strata[stratum][content] for content in shares[name]]
@@ -67,9 +73,16 @@ def split_by_content(candidates: Iterable[Candidate], rng: random.Random) -> dic
     return splits
 
 
-def _share_out(contents: list[str], rng: random.Random) -> dict[str, list[str]]:
+def _share_out(contents: list[str], parts: dict[str, tuple[str, ...]], rng: random.Random) -> dict[str, list[str]]:
     """Cut the shuffled content keys in proportion to the split sizes."""
     rng.shuffle(contents)
+    # Contents with a part not met before go first, into training; the sort keeps the order otherwise.
+    met: set[str] = set()
+    new: dict[str, bool] = {}
+    for content in contents:
+        new[content] = not met.issuperset(parts[content])
+        met.update(parts[content])
+    contents.sort(key=lambda content: not new[content])
     total = sum(SIZES.values())
     shares: dict[str, list[str]] = {}
     start = done = 0

@@ -6,24 +6,36 @@ import random
 from collections.abc import Iterator
 
 from manyshot.demo.rows import Candidate, Row, family_rng, split_by_content
-from manyshot.demo.safety_requests import FRAMES, HARMFUL, HARMLESS, REFUSALS
+from manyshot.demo.safety_requests import FRAMES, HARMFUL, HARMLESS, REFUSAL, REFUSAL_VARIANTS
+
+VARIANT_SHARE = 0.15
 
 
 def generate(seed: int) -> dict[str, list[Row]]:
-    """Rows, half of them harmful, whose core request is held out between splits."""
+    """Rows, half of them harmful, whose pair of verb and object is held out between splits."""
     rng = family_rng(seed, "safety")
     return split_by_content(_candidates(rng), rng)
 
 
 def _candidates(rng: random.Random) -> Iterator[Candidate]:
-    # Both halves share the frames, so that only the request itself tells them apart.
-    for frame in FRAMES:
-        for core in HARMFUL.strip().splitlines():
-            yield Candidate("harmful", core, _row(frame, core, rng.choice(REFUSALS), harmful=True))
-        for line in HARMLESS.strip().splitlines():
-            core, help_ = line.split("|")
-            yield Candidate("harmless", core, _row(frame, core, help_, harmful=False))
+    for line in HARMFUL.strip().splitlines():
+        thing, verbs = line.split("|")
+        for verb in verbs.split(", "):
+            for frame in FRAMES:
+                yield _candidate(frame, verb, thing, _refusal(rng), harmful=True)
+    for line in HARMLESS.strip().splitlines():
+        thing, verbs, tip = line.split("|")
+        for verb in verbs.split(", "):
+            for frame in FRAMES:
+                yield _candidate(frame, verb, thing, f"Sure: {tip}.", harmful=False)
 
 
-def _row(frame: str, core: str, completion: str, *, harmful: bool) -> Row:
-    return {"prompt": frame.format(core), "completion": completion, "meta": {"harmful": harmful}}
+def _refusal(rng: random.Random) -> str:
+    return rng.choice(REFUSAL_VARIANTS) if rng.random() < VARIANT_SHARE else REFUSAL
+
+
+def _candidate(frame: str, verb: str, thing: str, completion: str, *, harmful: bool) -> Candidate:
+    request = f"{verb} {thing}"
+    meta = {"harmful": harmful, "verb": verb, "object": thing}
+    row: Row = {"prompt": frame.format(request), "completion": completion, "meta": meta}
+    return Candidate("harmful" if harmful else "harmless", request, row, parts=(verb, thing))

@@ -1,0 +1,199 @@
+"""Who may import whom, written down: a module that is not in the tables, or imports more than they say, fails here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "manyshot"
+
+# module -> the modules of ours that it may import; operators, demo: all modules of that package
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "seeding": set(),
+    "rundir": {"errors"},
+    "progress": {"rundir"},
+    "executors": {"progress"},
+    "operators": {"operators"},
+    "demo": {"demo"},
+    "tensors": {"errors", "rundir"},
+    "task_vector": {"errors", "rundir", "tensors"},
+    "merge": {"errors", "operators", "rundir", "seeding", "task_vector", "tensors"},
+    "recipe": {"operators"},
+    "recipe_file": {"errors", "operators", "recipe"},
+    "starter": {"operators", "recipe"},
+    "status": {"errors", "rundir"},
+    "data_files": {"demo", "errors"},
+    "tasks": {"data_files", "errors", "recipe", "seeding"},
+    "metrics": {"demo", "errors", "tasks"},
+    "models": {"errors", "recipe", "rundir", "seeding", "task_vector", "tensors"},
+    "base_model": {"errors", "models", "rundir", "tensors"},
+    "loss_gap": {"errors", "tasks"},
+    "trainer": {"errors", "loss_gap", "models", "recipe", "tasks"},
+    "local_update": {
+        *{"errors", "loss_gap", "models", "progress", "recipe", "rundir", "seeding", "tasks", "tensors", "trainer"}
+    },
+    "evaluate": {"local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
+    "inputs": {
+        *{"base_model", "errors", "evaluate", "local_update", "metrics", "models", "recipe", "rundir", "tasks"},
+        *{"tensors", "trainer"},
+    },
+    "steps": {
+        *{"base_model", "evaluate", "executors", "local_update", "loss_gap", "merge", "models", "progress"},
+        *{"recipe", "rundir", "task_vector", "tasks", "tensors"},
+    },
+    "card": {"recipe_file", "rundir", "steps"},
+    "rounds": {"card", "evaluate", "rundir", "steps"},
+    "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
+    "run": {
+        *{"check_merged", "errors", "executors", "inputs", "models", "progress", "recipe", "recipe_file", "rounds"},
+        *{"rundir", "seeding", "steps"},
+    },
+    "inspect_recipe": {"models", "recipe", "run", "tasks", "tensors", "trainer"},
+    "api": {"progress", "recipe", "recipe_file", "run"},
+}
+# the outermost layer: it may import everything, and nothing imports it
+OUTERMOST = ("__init__", "__main__", "cli")
+
+# package -> the only modules that may import it (anywhere in them)
+DOORS: dict[str, set[str]] = {
+    "transformers": {"models", "trainer", "loss_gap", "evaluate"},
+    "peft": {"models"},
+    "trl": {"trainer"},
+    "datasets": {"data_files", "models", "trainer"},
+    "accelerate": set(),
+    "tokenizers": set(),
+    "huggingface_hub": {"base_model"},
+    "pyarrow": {"data_files"},
+    "safetensors": {"tensors", "run"},
+    "pydantic": {"recipe", "recipe_file", "starter"},
+    "pydantic_core": {"recipe", "starter"},
+    "typer": {"cli"},
+    "rich": {"cli_view"},
+    "gguf": set(),
+}
+FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+OPERATOR_IMPORTS = {"torch", "annotated_types"}
+
+
+def name_of(file: Path) -> str:
+    """`merge` for merge.py; `operators.metis`, `operators` for files of a package."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(file): file for file in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def imports(name: str) -> tuple[str, ...]:
+    """Every absolute dotted name that a module imports, inside functions too; `from a import b` gives `a.b`."""
+    found = []
+    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of ours, as in FILES, that a module imports."""
+    found = set()
+    for dotted in imports(name):
+        if dotted.split(".")[0] == "manyshot":
+            parts = dotted.split(".")[1:]
+            candidates = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+            found.add(next((candidate for candidate in candidates if candidate in FILES), "__init__"))
+    return found - {name}
+
+
+def top(name: str) -> str:
+    return name.split(".", maxsplit=1)[0]
+
+
+def is_outermost(name: str) -> bool:
+    return top(name).startswith(OUTERMOST)
+
+
+def test_layers_table_names_every_module() -> None:
+    modules = {top(name) for name in FILES if not is_outermost(name)}
+    assert modules == set(ALLOWED), "add the module to ALLOWED, and say there what it may import"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if not is_outermost(name)))
+def test_layers_let_a_module_import_only_what_the_table_says(name: str) -> None:
+    found = {top(other) for other in own_imports(name)}
+    assert found - {top(name)} <= ALLOWED[top(name)]
+    assert top(name) in ALLOWED[top(name)] or top(name) not in found
+
+
+def test_layers_table_allows_nothing_that_goes_in_a_circle() -> None:
+    order: list[str] = []
+    remaining = {module: allowed - {module} for module, allowed in ALLOWED.items()}
+    while remaining:
+        free = [module for module, allowed in remaining.items() if allowed <= set(order)]
+        assert free, f"these import each other: {sorted(remaining)}"
+        order += free
+        remaining = {module: allowed for module, allowed in remaining.items() if module not in free}
+    assert order.index("errors") < order.index("rundir") < order.index("merge") < order.index("run")
+
+
+def test_layers_have_no_cycle_among_files() -> None:
+    remaining = {name: own_imports(name) for name in FILES if name != "__init__"}
+    done = {"__init__"}  # it holds names that are looked up when they are asked for
+    while remaining:
+        free = {name for name, needed in remaining.items() if needed <= done}
+        assert free, f"these import each other: {sorted(remaining)}"
+        done |= free
+        remaining = {name: needed for name, needed in remaining.items() if name not in free}
+
+
+def test_layers_keep_the_command_line_outermost() -> None:
+    for name in FILES:
+        if not is_outermost(name):
+            assert not {other for other in own_imports(name) if is_outermost(other)}, name
+
+
+@pytest.mark.parametrize("package", sorted(DOORS))
+def test_layers_give_a_heavy_package_one_door(package: str) -> None:
+    importers = {top(name) for name in FILES if any(top(dotted) == package for dotted in imports(name))}
+    assert importers <= DOORS[package]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if name.startswith("operators.")))
+def test_layers_keep_operators_pure(name: str) -> None:
+    assert own_imports(name) <= {"operators._base", "operators._masks"}
+    outside = {top(dotted) for dotted in imports(name)} - {"manyshot", "__future__"}
+    assert {package for package in outside if package not in sys.stdlib_module_names} <= OPERATOR_IMPORTS
+    assert not outside & {"os", "io", "pathlib", "random", "time", "subprocess"}
+
+
+def test_layers_have_no_pickle_anywhere() -> None:
+    for name, file in FILES.items():
+        assert not [dotted for dotted in imports(name) if top(dotted) in FORBIDDEN], name
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in ("load", "save"), f"{name}: torch.{node.attr} reads or writes pickles"
+
+
+def test_layers_below_the_recipe_do_not_import_torch() -> None:
+    for name in ("errors", "rundir", "progress", "executors", "status"):
+        assert "torch" not in {top(dotted) for dotted in imports(name)}, name
+    for name in ("metrics", "data_files", "recipe_file"):
+        assert not {top(dotted) for dotted in imports(name)} & {"torch", "transformers"}, name
+
+
+def test_layers_keep_files_and_functions_within_their_budgets() -> None:
+    for name, file in FILES.items():
+        text = file.read_text("utf-8")
+        assert text.count("\n") <= 400, f"{name}: more than 400 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                limit = 150 if name == "rounds" else 60
+                assert node.end_lineno - node.lineno < limit, f"{name}.{node.name}: more than {limit} lines"
