@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,13 @@ from manyshot.rundir import read_json, read_lines
 MakeRows = Callable[[str, int, int], list[dict[str, Any]]]
 Tensors = dict[str, torch.Tensor]
 ROWS = {"train": 24, "validation": 6, "test": 6}
+
+
+def uneven_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Completions of one to six tokens: a mean over examples then differs from a mean over tokens."""
+    rng = random.Random(f"uneven/{task}/{seed}")
+    rows = make_rows(task, count, seed)
+    return [row | {"completion": " ".join(rng.choices("abcdefghij", k=rng.randint(1, 6)))} for row in rows]
 
 
 def write_data(folder: Path, task: str, rows: MakeRows = make_rows) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_rows
 from manyshot.errors import ManyshotError, RecipeError
 from manyshot.local_update import LocalUpdateJob, expert_state, finished_update, run_local_update
 from manyshot.models import ModelState, Placement, load_model, load_tokenizer
@@ -21,17 +19,10 @@ from manyshot.progress import Event, Progress
 from manyshot.rundir import read_json
 from manyshot.seeding import preserved_random_state
 from manyshot.tasks import encode_all, load_task, training_order
-from run_helpers import Runs, Tensors, distance, load_tensors
+from run_helpers import Runs, Tensors, distance, load_tensors, uneven_rows
 
 MakeJob = Callable[..., LocalUpdateJob]
 ON_CPU = Placement("cpu", torch.float32)
-
-
-def uneven_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Completions of one to six tokens: a mean over examples then differs from a mean over tokens."""
-    rng = random.Random(f"uneven/{task}/{seed}")
-    rows = make_rows(task, count, seed)
-    return [row | {"completion": " ".join(rng.choices("abcdefghij", k=rng.randint(1, 6)))} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,13 @@ def test_to_yaml_round_trips_to_an_equal_recipe(folder: Path) -> None:
         assert default in to_yaml(recipe)
 
 
-@settings(deadline=None, database=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    database=None,
+    derandomize=True,
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     names=st.lists(st.text("aZ09_.-", max_size=8), min_size=2, max_size=4, unique=True),
     prompt=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=20),

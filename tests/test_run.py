@@ -23,6 +23,7 @@ from run_helpers import (
     load_tensors,
     phases,
     round_folder,
+    uneven_rows,
     unlike,
     weights,
     with_adapter,
@@ -35,7 +36,7 @@ MEAN = ("operator=mean",)
 
 @pytest.fixture(scope="module")
 def runs(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(base_folder, tmp_path_factory.mktemp("runs"))
+    return Runs(base_folder, tmp_path_factory.mktemp("runs"), uneven_rows)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
