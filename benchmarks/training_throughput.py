@@ -107,9 +107,8 @@ def main() -> None:
                 bare = bare_trl(recipe, task, tokenizer, state, steps)
                 own, tokens = ours(recipe, task, tokenizer, state, steps)
                 ratios.append(bare / own)
-                print(
-                    f"{name}: bare TRL {tokens / bare:.0f} tokens/s, manyshot {tokens / own:.0f}, ratio {bare / own:.2f}"
-                )
+                rates = f"bare TRL {tokens / bare:.0f} tokens/s, manyshot {tokens / own:.0f}"
+                print(f"{name}: {rates}, ratio {bare / own:.2f}", flush=True)
     print(f"median ratio over {len(ratios)} pairs: {median(ratios):.2f} (lowest {min(ratios):.2f})")
 
 

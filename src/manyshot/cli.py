@@ -25,7 +25,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe fil
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as protocol.rounds=3.")
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs and the recipe's name).")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: in runs/).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete the run that is in the folder first.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged model's path and nothing else.")]

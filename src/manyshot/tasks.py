@@ -255,7 +255,10 @@ def encode(
         )
         whole = _apply_template(tokenizer, (*_prompt_messages(example), *answer), where, add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:
-            raise DataError(f"{where}: the chat template changes the prompt when the answer follows; use format: plain")
+            raise DataError(
+                f"{where}: the chat template writes the prompt differently once the answer follows, so the "
+                "answer's tokens cannot be told apart; give prompt and completion as texts and use format: plain"
+            )
     else:
         text = completion if completion is not None else example.completion_text
         prompt = tokenizer.encode(_plain_prompt(example))
@@ -302,7 +305,8 @@ def _apply_template(
 ) -> list[int]:
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{where}: has chat messages, but the model's tokenizer has no chat template; use format: plain"
+            f"{where}: has chat messages, but the model's tokenizer has no chat template; give prompt and "
+            "completion as texts"
         )
     encoded = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True

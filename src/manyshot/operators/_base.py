@@ -5,13 +5,14 @@ Shapes: T = tasks, P = entries of a tile. An operator never sees a model, a file
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
-from annotated_types import Gt
+from annotated_types import Gt, Lt
 
-Positive = Annotated[float, Gt(0)]
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
 # one value, or one per round (METHOD: βʳ)
 PerRound = Positive | tuple[Positive, ...]
 
