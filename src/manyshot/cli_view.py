@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from manyshot.progress import Event
     from manyshot.run import RunResult
 
+LOG_WIDTH = 150
+
 TITLES = {
     "local_update": "training",
     "validation": "validation loss",
@@ -160,13 +162,18 @@ def open_view(*, quiet: bool, as_json: bool) -> Iterator[View]:
     elif quiet:
         view = QuietView()
     elif sys.stdout.isatty():
-        view = BarView(Console())
+        view = BarView(make_console())
     else:
         view = PlainView()
     try:
         yield view
     finally:
         view.close()
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal; wide enough for the tables where there is none, as in a log."""
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def show_result(result: RunResult, *, quiet: bool, as_json: bool) -> None:
         print(json.dumps({"merged": str(result.merged), "scores": result.scores, "seconds": result.seconds}))
         return
     if not quiet:
-        console = Console()
+        console = make_console()
         console.print(score_table(result.scores))
         for line in summary_lines(result.scores):
             console.print(escape(line), highlight=False)
@@ -207,7 +214,7 @@ def models_of(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def score_table(scores: dict[str, Any]) -> Table:
     """Test score ± standard error per task, with average and worst normalized performance."""
     table = Table(title=f"Test scores; in brackets: share of the expert's score ({scores['operator']})")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for task in scores["tasks"]:
         table.add_column(task, justify="right")
     for name in ("average", "worst", "drop", "loss"):
@@ -263,7 +270,7 @@ def show_validation(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    console = Console()
+    console = make_console()
     console.print(f"model {found['model']['name']} at {found['model']['path']}", highlight=False, markup=False)
     console.print(f"computing in {found['placement']}", highlight=False)
     for name, task in found["tasks"].items():
@@ -284,7 +291,7 @@ def show_plan(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    console = Console()
+    console = make_console()
     for line in found["starts"]:
         console.print(line, highlight=False)
     steps = ", ".join(f"round {entry['round']}: {entry['steps_per_task']}" for entry in found["rounds"])
@@ -318,7 +325,7 @@ def show_warnings(console: Console, warnings: list[str]) -> None:
 
 def show_status(found: dict[str, Any]) -> None:
     """How far a run is, and every model measured so far."""
-    console = Console()
+    console = make_console()
     console.print(
         f"{found['folder']}: {found['steps_done']} of {found['steps']} steps, "
         f"{found['rounds_done']} of {found['rounds']} rounds; next: {found['next'] or 'nothing, it is finished'}",

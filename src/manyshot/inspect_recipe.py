@@ -6,9 +6,14 @@ import math
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from manyshot.models import choose_placement, load_config, load_tokenizer, meta_model, quiet_transformers
+from manyshot.models import (
+    check_target_modules,
+    choose_placement,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    quiet_transformers,
+)
 from manyshot.recipe import Recipe
 from manyshot.run import Inputs, check_inputs
 from manyshot.tasks import Encoded, Task, encode_all
@@ -124,26 +129,19 @@ def _mean_length(recipe: Recipe, task: Task, tokenizer: Any) -> float:
     return fmean(len(example.input_ids) for example in sample)
 
 
-def _changed_sizes(recipe: Recipe, inputs: Inputs) -> tuple[int, int]:
-    """(entries of the tensors that training changes, LoRA parameters of one adapter)."""
+def _adapter_entries(recipe: Recipe, inputs: Inputs) -> int:
+    """LoRA parameters of the largest task's adapter; 0 where all weights are trained."""
+    if recipe.local_update.method == "full":
+        return 0
     model = meta_model(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
-    update = recipe.local_update
-    if update.method == "full":
-        changed = sum(parameter.numel() for parameter in model.parameters())
-        return changed, 0
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and any(name.endswith(target) for target in update.target_modules)
-    ]
-    changed = sum(layer.weight.numel() for layer in layers)
+    names = check_target_modules(model, recipe.local_update)
     rank = max(recipe.rank_of(task) for task in recipe.tasks)
-    return changed, sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(rank * sum(model.get_submodule(name).weight.shape) for name in names)
 
 
 def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
     """What the run folder will hold."""
-    changed, lora = _changed_sizes(recipe, inputs)
+    changed, lora = inputs.changed_entries, _adapter_entries(recipe, inputs)
     evaluation, rounds = recipe.evaluation, recipe.protocol.rounds
     trainings = len(recipe.tasks) * (rounds + (1 if evaluation.experts else 0))
     expert_bytes = 4 * (lora if recipe.local_update.method == "lora" else changed)
@@ -158,7 +156,7 @@ def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
 
 def _memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:
     """Peak of a local update: weights, trainable state, activations, logits. An estimate from the model's shape."""
-    changed, lora = _changed_sizes(recipe, inputs)
+    lora = _adapter_entries(recipe, inputs)
     update = recipe.local_update
     config = load_config(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
     config = config.get_text_config()
@@ -166,7 +164,7 @@ def _memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int
     total = sum(Checkpoint(inputs.base.path).info(name).num_elements for name in Checkpoint(inputs.base.path).names)
     micro = update.micro_batch_size or update.batch_size
     tokens = micro * min(update.max_length, 2 * mean_length)
-    trained = lora or changed
+    trained = lora or inputs.changed_entries
     # per token and layer: about 16 hidden-sized and 4 MLP-sized values are kept for the backward pass
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 0))
     parts = {

@@ -6,11 +6,12 @@ starts from, plus (for an expert) an adapter or a fully trained folder. Loading 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -368,7 +369,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with quiet_transformers():
+        # the de-quantisation draws a progress bar that cannot be turned off
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
             options = {"gguf_file": file.name}
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)
