@@ -208,7 +208,9 @@ def test_encode_refuses_an_example_without_a_token_to_count(tokenizer: Any) -> N
 def test_encode_refuses_a_template_that_rewrites_the_prompt(base_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(base_folder))
     tokenizer.chat_template = "{% if not add_generation_prompt %}yes {% endif %}{{ messages[0]['content'] }} a b"
-    with pytest.raises(DataError, match="row 1: the chat template writes the prompt differently once the answer follows"):
+    with pytest.raises(
+        DataError, match="row 1: the chat template writes the prompt differently once the answer follows"
+    ):
         encode(Example(0, "a", "b"), tokenizer, AUTO, 50, "row 1")
 
 

@@ -219,7 +219,7 @@ def merge_task_vectors(
 ) -> Json:
     """Write task_vector.safetensors, then merge.json; returns what merge.json says."""
     record_path, output = folder / "merge.json", folder / "task_vector.safetensors"
-    operator = run.recipe.method.at_round(round_index)
+    operator = run.recipe.method.at_round(max(1, round_index))
     in_order = [weights[expert.task] for expert in experts]
     # post-hoc (0) draws what the only round of a run with one round draws
     seed_parts = (run.recipe.seed, "operator", max(1, round_index))
