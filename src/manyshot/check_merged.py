@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from manyshot.errors import ModelError
-from manyshot.local_update import encode_validation
-from manyshot.loss_gap import validation_loss
+from manyshot.local_update import task_loss
 from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
 from manyshot.steps import Run
 from manyshot.tensors import Checkpoint
@@ -33,15 +32,8 @@ def check_merged(run: Run, summary: dict[str, Any]) -> None:
         stored = {Checkpoint(folder).info(name).dtype for name in Checkpoint(folder).names}
         tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in (*stored, placement.dtype))
         for task in run.tasks:
-            with run.progress.timed("validation", 0, task.name, total=len(task.validation)) as timed:
-                found = validation_loss(
-                    model,
-                    encode_validation(task, tokenizer, run.recipe),
-                    pad_id=tokenizer.pad_token_id,
-                    batch_size=run.recipe.evaluation.batch_size,
-                    where=f"reloaded {folder}, task '{task.name}', validation",
-                    tick=timed.tick,
-                ).loss
+            last, which = run.recipe.protocol.rounds, f"reloaded {folder}"
+            found = task_loss(model, tokenizer, task, run.recipe, run.progress, round_index=last, which=which).loss
             expected = recorded[task.name]["loss"]
             if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
                 raise ModelError(

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from manyshot.local_update import encode_validation
-from manyshot.loss_gap import negative_log_likelihoods, validation_loss
+from manyshot.local_update import task_loss
+from manyshot.loss_gap import negative_log_likelihoods
 from manyshot.metrics import find_metric
 from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
 from manyshot.progress import Progress
@@ -61,15 +61,10 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
 
 
 def _task_loss(model: Any, tokenizer: Any, task: Task, job: MeasureJob, progress: Progress) -> dict[str, Any]:
-    with progress.timed("validation", job.round_index, task.name, total=len(task.validation)) as timed:
-        return validation_loss(
-            model,
-            encode_validation(task, tokenizer, job.recipe),
-            pad_id=tokenizer.pad_token_id,
-            batch_size=job.recipe.evaluation.batch_size,
-            where=f"round {job.round_index}, task '{task.name}', merged model, validation",
-            tick=timed.tick,
-        ).to_json()
+    loss = task_loss(
+        model, tokenizer, task, job.recipe, progress, round_index=job.round_index, which="pretrained or merged model"
+    )
+    return loss.to_json()
 
 
 def _task_score(

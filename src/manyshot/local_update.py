@@ -82,7 +82,9 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
         with progress.timed("save", job.round_index, job.task.name):
             _save_expert(model, job, where)
         record = _record(job, examples, losses)
-        record["validation"] = _expert_loss(model, tokenizer, job, progress).to_json()
+        plain = model if job.recipe.local_update.method == "full" else model.get_base_model()
+        loss = task_loss(plain, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert")
+        record["validation"] = loss.to_json()
     write_json(job.folder / RECORD, record)
     return record
 
@@ -157,17 +159,17 @@ def _save_expert(model: Any, job: LocalUpdateJob, where: str) -> None:
         raise ModelError(f"{where}: {error}") from None
 
 
-def _expert_loss(model: Any, tokenizer: Any, job: LocalUpdateJob, progress: Progress) -> ValidationLoss:
-    """The expert's validation loss, on the model that was just trained."""
-    recipe, task = job.recipe, job.task
-    plain = model if recipe.local_update.method == "full" else model.get_base_model()
-    with progress.timed("validation", job.round_index, task.name, total=len(task.validation)) as timed:
+def task_loss(
+    model: Any, tokenizer: Any, task: Task, recipe: Recipe, progress: Progress, *, round_index: int, which: str
+) -> ValidationLoss:
+    """The validation loss of one task: the one way in which every model of a run is measured."""
+    with progress.timed("validation", round_index, task.name, total=len(task.validation)) as timed:
         return validation_loss(
-            plain,
+            model,
             encode_validation(task, tokenizer, recipe),
             pad_id=tokenizer.pad_token_id,
             batch_size=recipe.evaluation.batch_size,
-            where=f"round {job.round_index}, task '{task.name}', expert, validation",
+            where=f"round {round_index}, task '{task.name}', {which}, validation",
             tick=timed.tick,
         )
 
