@@ -23,7 +23,7 @@ from manyshot.merge import (
     merge_weights,
     truncate_to_adapter,
 )
-from manyshot.models import ModelState, choose_placement
+from manyshot.models import ModelState
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, atomic_folder, content_key, read_json, write_json
@@ -309,8 +309,3 @@ def carry_adapter(
                 assert merged.task_vector is not None
                 truncate_to_adapter(StoredTaskVector(merged.task_vector), adapters[0], carried)
     return replace(merged, start_adapter=carried)
-
-
-def placement_text(recipe: Recipe) -> str:
-    """`float32 on cpu`: what `dtype: auto` and `device: auto` came to."""
-    return choose_placement(recipe.local_update).text
