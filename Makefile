@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt src/manyshot/kernels/kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "manyshot needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

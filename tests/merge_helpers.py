@@ -10,7 +10,8 @@ import torch
 from manyshot.rundir import write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME
-from manyshot.tensors import Checkpoint, write_tensors
+from manyshot.tensor_writer import write_tensors
+from manyshot.tensors import Checkpoint
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (4, 6), "norm.weight": (4,)}
 

@@ -29,7 +29,8 @@ from manyshot.operators import Mean, Metis, Operator
 from manyshot.rundir import write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import FACTORS_NAME, AdapterFactors, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
-from manyshot.tensors import Checkpoint, write_tensors
+from manyshot.tensor_writer import write_tensors
+from manyshot.tensors import Checkpoint
 from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
 
 TASKS = ("x", "y", "z")

@@ -24,7 +24,8 @@ from manyshot.recipe import LocalUpdate, Recipe
 from manyshot.rundir import atomic_folder, write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
-from manyshot.tensors import Checkpoint, file_digest, write_tensors
+from manyshot.tensor_writer import write_tensors
+from manyshot.tensors import Checkpoint, file_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel

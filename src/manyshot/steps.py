@@ -10,19 +10,14 @@ from typing import Any
 
 import torch
 
+from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
 from manyshot.base_model import BaseModel
 from manyshot.evaluate import MeasureJob, multi_task_loss, run_measure
 from manyshot.executors import Executor
+from manyshot.export import export_model
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
 from manyshot.loss_gap import effective_tasks, gap_weights, loss_gaps, uniform_weights
-from manyshot.merge import (
-    average_adapters,
-    expand_adapter,
-    export_model,
-    merge_factors,
-    merge_weights,
-    truncate_to_adapter,
-)
+from manyshot.merge import merge_factors, merge_weights
 from manyshot.models import ModelState
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
@@ -238,7 +233,7 @@ def merge_task_vectors(
                     pretrained,
                     stored,
                     run.names,
-                    [_update(expert, pretrained, stored) for expert in experts],
+                    [_update(expert) for expert in experts],
                     operator,
                     in_order,
                     output,
@@ -256,10 +251,10 @@ def _adapter(expert: Expert) -> Path:
     return expert.state.adapter
 
 
-def _update(expert: Expert, pretrained: Checkpoint, start: StoredTaskVector | None) -> Update:
+def _update(expert: Expert) -> Update:
     """What an expert adds to the model its round started from."""
     if expert.state.full is not None:
-        return ModelUpdate(expert.state.full, pretrained, start)
+        return ModelUpdate(expert.state.full)
     return AdapterUpdate(_adapter(expert), expert.state.start_adapter)
 
 

@@ -1,24 +1,65 @@
-"""Task vectors without dense experts: θ_τ − Θʳ⁻¹, some rows of one tensor at a time, in float32.
+"""Task vectors without dense experts: θ_τ − Θʳ⁻¹, some entries of one tensor at a time, in float32.
 
 An expert is stored as what its local update changed: LoRA factors, or a whole model folder. Its update is exact:
 s·B·A for an adapter that started from zero, s·B·A − s·B₀·A₀ for one that started from factors (B₀, A₀).
-Names: O = output rows, I = input columns, R = rank, N = rows of the tile.
+Names: O = output rows, I = input columns, R = rank, N = rows, P = entries of a tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from manyshot import kernels
 from manyshot.errors import ModelError
+from manyshot.kernels import pieces
 from manyshot.rundir import read_json
 from manyshot.tensors import Checkpoint
 
 FACTORS_NAME = "factors.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# tensors whose factors are kept in float32 at once: those that the threads are at
+CACHED_FACTORS = 4
+
+
+class Scratch:
+    """Buffers of one thread, by name; used again for every tile, so that no tile pays for fresh memory."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(count,) entries of the buffer `name`, with whatever was in it."""
+        view = self._views.get((name, count, dtype))
+        if view is None:
+            buffer = self._buffers.get((name, dtype))
+            if buffer is None or len(buffer) < count:
+                buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
+                self._views.clear()
+            view = self._views[name, count, dtype] = buffer[:count]
+        return view
+
+
+@dataclass(frozen=True)
+class TileSource:
+    """Where the compiled kernels read a tensor, and the object that must live as long as they do."""
+
+    source: pieces.Source
+    owner: object
+
+
+def stored_source(checkpoint: Checkpoint, name: str) -> TileSource | None:
+    """A stored tensor as the compiled kernels read it; None where they cannot."""
+    dtype = checkpoint.info(name).dtype
+    if dtype not in kernels.STORED:
+        return None
+    return TileSource(pieces.stored(dtype, checkpoint.descriptor(name), checkpoint.offset(name)), checkpoint)
 
 
 class Update(Protocol):
@@ -29,8 +70,16 @@ class Update(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name` of the base model that this expert changed."""
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of θ − Θʳ⁻¹ for tensor `name`, float32."""
+    def is_dense(self, name: str) -> bool:
+        """Whether the update is a difference of stored weights, so that `read` needs `before_P`."""
+
+    def read(
+        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
+    ) -> bool:
+        """Entries start… of θ − Θʳ⁻¹ into `out_P`; `before_P` is Θʳ⁻¹ there. True when θ holds NaN or Inf there."""
+
+    def source(self, name: str) -> TileSource | None:
+        """The same for the compiled kernels; None where only `read` can do it."""
 
 
 @dataclass(frozen=True)
@@ -43,72 +92,160 @@ class Factor:
     transposed: bool
 
 
-class AdapterFactors:
-    """The low-rank factors of an adapter folder and which base tensor each belongs to (`factors.json`)."""
+@dataclass(frozen=True)
+class FactorTable:
+    """What an adapter changes: low-rank updates by base tensor, and tensors that it holds whole (base name -> key)."""
 
-    def __init__(self, folder: Path) -> None:
+    factors: Mapping[str, Factor]
+    whole: Mapping[str, str] = field(default_factory=dict)
+
+
+class AdapterFactors:
+    """The low-rank factors of an adapter folder and which base tensor each belongs to.
+
+    `table` says so, or else the folder's `factors.json`.
+    """
+
+    def __init__(self, folder: Path, table: FactorTable | None = None) -> None:
         self.folder = folder
         self.weights = Checkpoint(folder / ADAPTER_WEIGHTS_NAME)
-        table = read_json(folder / FACTORS_NAME)
-        self.factors = {name: Factor(**entry) for name, entry in sorted(table.items())}
-        self.names = tuple(self.factors)
+        if table is None:
+            stored = read_json(folder / FACTORS_NAME)
+            table = FactorTable({name: Factor(**entry) for name, entry in stored.items()})
+        self.factors = dict(sorted(table.factors.items()))
+        self.whole = dict(table.whole)
+        self.names = tuple(sorted({*self.factors, *self.whole}))
+        self._cache: dict[str, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         for name, factor in self.factors.items():
             for key in (factor.lora_a, factor.lora_b):
                 if key not in self.weights:
                     raise ModelError(f"{folder}: {FACTORS_NAME} names '{key}' for '{name}', the weights do not have it")
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.whole:
+            return self.weights.info(self.whole[name]).shape
         factor = self.factors[name]
         outputs = self.weights.info(factor.lora_b).shape[0]
         inputs = self.weights.info(factor.lora_a).shape[1]
         return (inputs, outputs) if factor.transposed else (outputs, inputs)
 
+    def read_product(self, name: str, start: int, out_P: torch.Tensor) -> bool:
+        """Entries start… of ΔW = s·B·A, row by row, float32; the sum over R runs in order. True for NaN or Inf."""
+        b_NR, a_RI, bad = self._wide(name)
+        kernels.low_rank(b_NR, a_RI, self.factors[name].scaling, start, out_P)
+        return bad
+
+    def source(self, name: str) -> TileSource | None:
+        """ΔW as the compiled kernels form it."""
+        b_NR, a_RI, bad = self._wide(name)
+        return TileSource(pieces.factors(b_NR, a_RI, self.factors[name].scaling, nonfinite=bad), (b_NR, a_RI))
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of ΔW = s·B·A, float32 (N, I); for a transposed layer (N, O)."""
-        factor = self.factors[name]
-        a_RI = self.weights.read(factor.lora_a).float()
-        b_OR = self.weights.read(factor.lora_b).float()
-        if factor.transposed:
-            return (a_RI[:, start:stop].T @ b_OR.T) * factor.scaling
-        return (b_OR[start:stop] @ a_RI) * factor.scaling
+        """Rows start..stop of ΔW, float32."""
+        columns = self.shape(name)[1]
+        out_P = torch.empty((stop - start) * columns)
+        self.read_product(name, start * columns, out_P)
+        return out_P.reshape(stop - start, columns)
+
+    def _wide(self, name: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """The factors of a tensor in float32, as the two matrices whose product is ΔW/s in its stored layout."""
+        found = self._cache.get(name)
+        if found is None:
+            factor = self.factors[name]
+            a_RI = self.weights.read(factor.lora_a).float()
+            b_OR = self.weights.read(factor.lora_b).float()
+            finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
+            left, right = (a_RI.T, b_OR.T.contiguous()) if factor.transposed else (b_OR, a_RI)
+            found = left, right, not finite
+            self._cache[name] = found
+            for old in list(self._cache)[:-CACHED_FACTORS]:
+                self._cache.pop(old, None)
+        return found
 
 
 class AdapterUpdate:
-    """A LoRA expert: s·B·A, less the start's s·B₀·A₀ where its adapter did not start at zero."""
+    """A LoRA expert: s·B·A, less the start's s·B₀·A₀ where its adapter did not start at zero.
 
-    def __init__(self, adapter: Path, start_adapter: Path | None = None) -> None:
-        self.end = AdapterFactors(adapter)
+    Tensors that the adapter holds whole (`modules_to_save`, trained biases) are differences like a dense expert's.
+    """
+
+    def __init__(self, adapter: Path | AdapterFactors, start_adapter: Path | None = None) -> None:
+        self.end = adapter if isinstance(adapter, AdapterFactors) else AdapterFactors(adapter)
         self.start = AdapterFactors(start_adapter) if start_adapter else None
         self.names = self.end.names
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.end.shape(name)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        rows_NI = self.end.rows(name, start, stop)
+    def is_dense(self, name: str) -> bool:
+        return name in self.end.whole
+
+    def read(
+        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
+    ) -> bool:
+        if name in self.end.whole:
+            return read_difference(self.end.weights, self.end.whole[name], start, before_P, out_P, scratch)
+        bad = self.end.read_product(name, start, out_P)
         if self.start is not None:
-            rows_NI -= self.start.rows(name, start, stop)
-        return rows_NI
+            started_P = scratch.take("start product", len(out_P))
+            bad |= self.start.read_product(name, start, started_P)
+            out_P -= started_P
+        return bad
+
+    def source(self, name: str) -> TileSource | None:
+        if name in self.end.whole:
+            return stored_source(self.end.weights, self.end.whole[name])
+        return self.end.source(name) if self.start is None else None
 
 
 class ModelUpdate:
-    """An expert with all weights trained (in float32): its folder's tensors less the start's."""
+    """An expert with all weights: its folder's tensors less those its round started from.
 
-    def __init__(self, model: Path, pretrained: Checkpoint, start: StoredTaskVector | None) -> None:
-        self.model = Checkpoint(model)
-        self.pretrained = pretrained
-        self.start = start
-        self.names = self.model.names
+    `stored_as` names tensors that the folder holds under another name (tied weights written once).
+    """
+
+    def __init__(self, model: Path | Checkpoint, stored_as: Mapping[str, str] | None = None) -> None:
+        self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
+        self._stored_as = {name: name for name in self.model.names} if stored_as is None else dict(stored_as)
+        self.names = tuple(sorted(self._stored_as))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.model.info(name).shape
+        return self.model.info(self._stored_as[name]).shape
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        before = self.pretrained.read_rows(name, start, stop).float()
-        if self.start is not None and name in self.start:
-            # not in place: for a float32 base this is the mapped file itself
-            before = before + self.start.rows(name, start, stop)
-        return self.model.read_rows(name, start, stop).float() - before
+    def is_dense(self, name: str) -> bool:
+        return True
+
+    def read(
+        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
+    ) -> bool:
+        return read_difference(self.model, self._stored_as[name], start, before_P, out_P, scratch)
+
+    def source(self, name: str) -> TileSource | None:
+        return stored_source(self.model, self._stored_as[name])
+
+
+def read_difference(
+    checkpoint: Checkpoint, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
+) -> bool:
+    """out = float32(stored) − before, or float32(stored) where there is no `before_P`; True for NaN or Inf."""
+    stored_P = scratch.take("stored", len(out_P), checkpoint.info(name).dtype)
+    checkpoint.read_entries(name, start, stored_P)
+    if before_P is None:
+        return kernels.widen(stored_P, out_P)
+    return kernels.subtract(stored_P, before_P, out_P)
+
+
+def read_wide(checkpoint: Checkpoint, name: str, start: int, out_P: torch.Tensor, scratch: Scratch) -> bool:
+    """out = float32 of entries start… of a stored tensor; True for NaN or Inf."""
+    return read_difference(checkpoint, name, start, None, out_P, scratch)
+
+
+def read_dense(update: Update, name: str, before: torch.Tensor | None = None) -> torch.Tensor:
+    """The whole update of one tensor, float32, in its shape: for a look at it, not for merging."""
+    shape = update.shape(name)
+    out_P = torch.empty(math.prod(shape))
+    update.read(name, 0, None if before is None else before.float().reshape(-1), out_P, Scratch())
+    return out_P.reshape(shape)
 
 
 class StoredTaskVector:
@@ -125,5 +262,28 @@ class StoredTaskVector:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors.read(name)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.tensors.read_rows(name, start, stop)
+    def read_entries(self, name: str, start: int, out_P: torch.Tensor) -> None:
+        """Fill `out_P` (float32) with entries start… of the flattened tensor."""
+        self.tensors.read_entries(name, start, out_P)
+
+
+class FactorEntries:
+    """An adapter's factors as they are, A and B themselves: the vectors of `space: factors`, where Θ⁰ counts as zero."""
+
+    def __init__(self, adapter: Path) -> None:
+        self.weights = AdapterFactors(adapter).weights
+        self.names = self.weights.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.info(name).shape
+
+    def is_dense(self, name: str) -> bool:
+        return False
+
+    def read(
+        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
+    ) -> bool:
+        return read_wide(self.weights, name, start, out_P, scratch)
+
+    def source(self, name: str) -> TileSource | None:
+        return stored_source(self.weights, name)

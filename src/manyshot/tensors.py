@@ -1,29 +1,24 @@
-"""Model folders as tensors: a lazy reader and a streaming writer of safetensors. Never pickle.
-
-The reader opens files on demand and reads one tensor, or some rows of one, at a time. The writer knows every name,
-type and shape before the first byte, so it writes header and data in one pass and holds one tensor at most.
-"""
+"""Model folders as tensors: a lazy reader of safetensors, tensor by tensor or entry by entry. Never pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Iterable, Mapping
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from manyshot.errors import ModelError, RunFolderError
-from manyshot.rundir import atomic_file, read_json, write_json
+from manyshot.rundir import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 # name in the safetensors header -> torch type
 DTYPES: dict[str, torch.dtype] = {
@@ -33,10 +28,14 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -71,7 +70,9 @@ class Checkpoint:
         self.path = path
         self._file_of: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
         self._handles: dict[Path, Any] = {}
+        self._descriptors: dict[Path, int] = {}
         for file in find_weight_files(path):
             self._read_header(file)
         for name, shard in (_weight_map(path) or {}).items():
@@ -88,6 +89,7 @@ class Checkpoint:
                         raise ModelError(f"{file}: tensor '{name}' is also in {self._file_of[name].name}")
                     self._file_of[name] = file
                     self._infos[name] = TensorInfo(tuple(view.get_shape()), _dtype_of(file, name, view.get_dtype()))
+            self._offsets |= _data_offsets(file)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
 
@@ -102,15 +104,34 @@ class Checkpoint:
         tensor: torch.Tensor = self._open(name).get_tensor(name)
         return tensor
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of the first dimension, in the stored type; a scalar is one row."""
-        if not self._infos[name].shape:
-            return self.read(name)
-        tensor: torch.Tensor = self._open(name).get_slice(name)[start:stop]
-        return tensor
+    def read_entries(self, name: str, start: int, out_P: torch.Tensor) -> None:
+        """Fill `out_P` (of the stored type) with entries start… of the flattened tensor. Threads may do so at once."""
+        width = self._infos[name].dtype.itemsize
+        left = out_P.view(torch.uint8).numpy().data
+        offset = self._offsets[name] + start * width
+        while left.nbytes:
+            count = os.preadv(self.descriptor(name), [left], offset)
+            if not count:
+                raise ModelError(f"{self._file_of[name]}: ends within tensor '{name}'; it was changed meanwhile")
+            left, offset = left[count:], offset + count
+
+    def offset(self, name: str) -> int:
+        """The byte of its file at which a tensor begins."""
+        return self._offsets[name]
+
+    def descriptor(self, name: str) -> int:
+        """A file descriptor of a tensor's file, open as long as this object lives."""
+        file = self._file_of[name]
+        if file not in self._descriptors:
+            descriptor = os.open(file, os.O_RDONLY)
+            if self._descriptors.setdefault(file, descriptor) != descriptor:
+                os.close(descriptor)  # another thread was first
+            else:
+                weakref.finalize(self, os.close, descriptor)
+        return self._descriptors[file]
 
     def _open(self, name: str) -> Any:
-        """The memory-mapped file of a tensor, opened once: parsing its header costs more than reading a tile."""
+        """The memory-mapped file of a tensor, opened once: parsing its header costs more than reading a tensor."""
         file = self._file_of[name]
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
@@ -119,14 +140,6 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self._infos.values())
-
-    def digest(self) -> str:
-        """SHA-256 over the weight files' contents, in the order of their names."""
-        digest = hashlib.sha256()
-        for file in sorted(set(self._file_of.values())):
-            digest.update(file.name.encode())
-            digest.update(file_digest(file).encode())
-        return digest.hexdigest()
 
 
 def find_weight_files(path: Path) -> list[Path]:
@@ -175,6 +188,14 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
+def _data_offsets(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file whose header safetensors has found to be sound."""
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
 def _dtype_of(file: Path, name: str, stored: str) -> torch.dtype:
     if stored not in DTYPES:
         raise ModelError(f"{file}: tensor '{name}' has type {stored}; known are {', '.join(DTYPES)}")
@@ -185,76 +206,3 @@ def file_digest(file: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class SafetensorsWriter:
-    """Writes one safetensors file in one pass; `write` must be called once per tensor, in the order of `infos`."""
-
-    def __init__(self, stream: IO[bytes], infos: Mapping[str, TensorInfo]) -> None:
-        self._stream = stream
-        self._pending = list(infos.items())
-        offset = 0
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        for name, info in infos.items():
-            header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.num_bytes],
-            }
-            offset += info.num_bytes
-        blob = json.dumps(header, separators=(",", ":")).encode()
-        blob += b" " * (-len(blob) % 8)  # the format aligns the data to 8 bytes
-        stream.write(struct.pack("<Q", len(blob)) + blob)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        expected, info = self._pending.pop(0)
-        found = TensorInfo(tuple(tensor.shape), tensor.dtype)
-        if (name, found) != (expected, info):
-            raise ModelError(f"tensor '{name}' ({found}) was written where '{expected}' ({info}) belongs")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._stream.write(flat.view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None and self._pending:
-            raise ModelError(f"tensor '{self._pending[0][0]}' was never written")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one safetensors file atomically, tensors sorted by name."""
-    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in sorted(tensors)}
-    with atomic_file(path) as stream, SafetensorsWriter(stream, infos) as writer:
-        for name in infos:
-            writer.write(name, tensors[name])
-
-
-def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[dict[str, TensorInfo]]:
-    """Cut tensors, in order, into shards of at most `shard_bytes` (one larger tensor gets a shard of its own)."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    size = 0
-    for name, info in infos.items():
-        if shards[-1] and size + info.num_bytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = info
-        size += info.num_bytes
-    return shards
-
-
-def shard_name(number: int, total: int) -> str:
-    """The file name of a shard, numbered from 1, as transformers expects it."""
-    return SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-
-
-def write_index(folder: Path, shards: Iterable[Mapping[str, TensorInfo]]) -> None:
-    """Write the shard index; a single shard needs none."""
-    shards = list(shards)
-    if len(shards) == 1:
-        return
-    weight_map = {name: shard_name(i + 1, len(shards)) for i, shard in enumerate(shards) for name in shard}
-    total = sum(info.num_bytes for shard in shards for info in shard.values())
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from manyshot.operators._base import Operator, sum_in_order, weighted_task_vectors
+from manyshot import kernels
+from manyshot.operators._base import Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +15,5 @@ class Mean(Operator):
 
     name: Literal["mean"] = "mean"
 
-    def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """(T, P) float32 task vectors and (T,) weights -> (P,) float32."""
-        return sum_in_order(weighted_task_vectors(task_vectors_TP, weights_T))
+    def operation(self) -> kernels.Operation:
+        return kernels.Operation("sum")

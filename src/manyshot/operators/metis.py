@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from annotated_types import Ge
-
-from manyshot.operators._base import Operator, PerRound, Positive, sum_in_order, weighted_task_vectors
-from manyshot.operators._masks import consensus_mask
+from manyshot import kernels
+from manyshot.operators._base import (
+    Count,
+    CountPerRound,
+    Operator,
+    PerRound,
+    Positive,
+    ThresholdPerRound,
+    one,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,28 +23,44 @@ class Metis(Operator):
 
     α = softmax(G / `temperature`) comes from the loss gaps G (manyshot.loss_gap) and reaches `merge` as `weights_T`;
     δ is `mask_threshold`, k is `min_agreement`, β is `scaling`. The defaults are the paper's.
+
+    Beyond the paper: `gap: relative` divides each gap by what the task's expert gained on the pretrained model;
+    `temperature: auto` chooses λ so that exp(H(α)) is `effective_tasks` (three quarters of the tasks when not given);
+    `mask: false` merges V itself.
     """
 
     name: Literal["metis"] = "metis"
-    temperature: Positive = 2.0
-    mask_threshold: Annotated[float, Ge(0)] = 0.3
-    min_agreement: Annotated[int, Ge(1)] = 2
+    temperature: PerRound | Literal["auto"] = 2.0
+    gap: Literal["absolute", "relative"] = "absolute"
+    effective_tasks: Positive | None = None
+    mask: bool = True
+    mask_threshold: ThresholdPerRound = 0.3
+    min_agreement: CountPerRound = 2
     scaling: PerRound = 1.0
 
     uses_loss_gaps: ClassVar[bool] = True
 
-    def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """(T, P) float32 task vectors and (T,) gap weights -> (P,) float32."""
-        assert isinstance(self.scaling, int | float)  # at_round() has chosen this round's value
-        weighted_TP = weighted_task_vectors(task_vectors_TP, weights_T)
-        total_P = sum_in_order(weighted_TP)
-        keep_P = consensus_mask(weighted_TP, total_P, self.mask_threshold, self.min_agreement)
-        return torch.where(keep_P, total_P, 0.0) * self.scaling
+    def operation(self) -> kernels.Operation:
+        if not self.mask:
+            return kernels.Operation("sum", one(self.scaling))
+        return kernels.Operation(
+            "consensus", one(self.scaling), threshold=one(self.mask_threshold), agreement=one(self.min_agreement)
+        )
 
     def problems(self, num_tasks: int, rounds: int) -> list[tuple[str, str]]:
         found = super().problems(num_tasks, rounds)
-        if self.min_agreement > num_tasks:
-            found.append(
-                ("min_agreement", f"{self.min_agreement} tasks can never agree among {num_tasks}; at most {num_tasks}")
-            )
+        if self.mask:
+            found += agreement_problems(self.min_agreement, num_tasks)
+        if self.effective_tasks is not None and self.temperature != "auto":
+            found.append(("effective_tasks", "is what temperature: auto aims at; with a number for temperature drop it"))
+        elif self.effective_tasks is not None and not 1 <= self.effective_tasks <= num_tasks:
+            found.append(("effective_tasks", f"{self.effective_tasks:g} of {num_tasks} tasks; give 1 … {num_tasks}"))
         return found
+
+
+def agreement_problems(min_agreement: int | tuple[Count, ...], num_tasks: int) -> list[tuple[str, str]]:
+    """More tasks asked to agree than there are."""
+    largest = max(min_agreement) if isinstance(min_agreement, tuple) else min_agreement
+    if largest <= num_tasks:
+        return []
+    return [("min_agreement", f"{largest} tasks can never agree among {num_tasks}; at most {num_tasks}")]

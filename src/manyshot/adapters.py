@@ -1,0 +1,66 @@
+"""Adapter folders made from others: the merged factors, and what the next round's adapters start from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from manyshot.errors import MergeError
+from manyshot.reading import check_updates
+from manyshot.rundir import atomic_file, atomic_folder
+from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, AdapterUpdate, StoredTaskVector
+from manyshot.tensor_writer import SafetensorsWriter, write_tensors
+from manyshot.tensors import Checkpoint, TensorInfo
+
+
+def write_adapter(output: Path, like: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write an adapter folder with these factors and the configuration of the adapter `like`."""
+    with atomic_folder(output) as folder:
+        for name in ("adapter_config.json", FACTORS_NAME):
+            shutil.copyfile(like / name, folder / name)
+        write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors)
+
+
+def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
+    """Write s·B·A of an adapter as a dense task vector, float32."""
+    factors = AdapterFactors(adapter)
+    check_updates(pretrained, ["merged"], [AdapterUpdate(factors)])
+    infos = {name: TensorInfo(factors.shape(name), torch.float32) for name in factors.names}
+    with atomic_file(output) as stream, SafetensorsWriter(stream, infos) as writer:
+        for name, info in infos.items():
+            dense = factors.rows(name, 0, info.shape[0])
+            if not torch.isfinite(dense).all():
+                raise MergeError(f"tensor '{name}': the merged task vector holds NaN or Inf; an expert diverged")
+            writer.write(name, dense)
+
+
+def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path) -> None:
+    """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`)."""
+    sources = [AdapterFactors(adapter).weights for adapter in adapters]
+    averaged = {}
+    for name in sources[0].names:
+        total = torch.zeros(sources[0].info(name).shape)
+        for source, weight in zip(sources, weights, strict=True):
+            total += source.read(name).float() * weight
+        averaged[name] = total
+    write_adapter(output, adapters[0], averaged)
+
+
+def truncate_to_adapter(task_vector: StoredTaskVector, like: Path, output: Path) -> None:
+    """Write the top singular vectors of Θʳ − Θ⁰ as an adapter folder (`adapter_start: svd`), at the rank of `like`."""
+    shape_source = AdapterFactors(like)
+    tensors = {}
+    for name, factor in shape_source.factors.items():
+        rank = shape_source.weights.info(factor.lora_a).shape[0]
+        dense = task_vector.read(name).float()
+        left, values, right = torch.linalg.svd(dense.T if factor.transposed else dense, full_matrices=False)
+        root = (values[:rank] / factor.scaling).clamp(min=0).sqrt()
+        # a rank above the tensor's own leaves the last factors zero
+        missing = rank - len(root)
+        pad = torch.nn.functional.pad
+        tensors[factor.lora_b] = pad(left[:, :rank] * root, (0, missing))
+        tensors[factor.lora_a] = pad(right[:rank] * root[:, None], (0, 0, 0, missing))
+    write_adapter(output, like, tensors)

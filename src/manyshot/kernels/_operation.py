@@ -1,0 +1,24 @@
+"""What an elementwise operator does, as steps that the kernels know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`prepare` each task vector, then `combine` them.
+
+    prepare: `drop` draws entries with probability `density` and divides by `rescale`; `trim` keeps each task's largest.
+    combine: `sum` is scaling · Σ w v; `consensus` keeps of it what `agreement` tasks vote for at `threshold`; `elect`
+    averages what has the elected sign.
+    """
+
+    combine: Literal["sum", "consensus", "elect"]
+    scaling: float = 1.0
+    prepare: Literal["plain", "drop", "trim"] = "plain"
+    density: float = 1.0
+    rescale: float = 1.0
+    threshold: float = 0.0
+    agreement: int = 1

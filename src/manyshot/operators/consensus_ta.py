@@ -1,0 +1,34 @@
+"""Consensus Task Arithmetic: sum what enough tasks agree on (Wang et al. 2024, arXiv 2405.07813)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from manyshot import kernels
+from manyshot.operators._base import CountPerRound, Operator, PerRound, ThresholdPerRound, Weighting, one
+from manyshot.operators.metis import agreement_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsensusTA(Operator):
+    """V = Σ_τ w_τ v_τ;  m_τ = 1[|w_τ v_τ| ≥ δ|V − w_τ v_τ|];  M(v) = β (1[Σ_τ m_τ ≥ k] ⊙ V), with w_τ = 1 unless given.
+
+    δ is `mask_threshold` (searched in 0.2 … 0.6), k is `min_agreement`, β is `scaling`.
+    """
+
+    name: Literal["consensus_ta"] = "consensus_ta"
+    mask_threshold: ThresholdPerRound = 0.4
+    min_agreement: CountPerRound = 2
+    scaling: PerRound = 0.4
+
+    weighting: ClassVar[Weighting] = "multiplier"
+    sums: ClassVar[bool] = True
+
+    def operation(self) -> kernels.Operation:
+        return kernels.Operation(
+            "consensus", one(self.scaling), threshold=one(self.mask_threshold), agreement=one(self.min_agreement)
+        )
+
+    def problems(self, num_tasks: int, rounds: int) -> list[tuple[str, str]]:
+        return super().problems(num_tasks, rounds) + agreement_problems(self.min_agreement, num_tasks)

@@ -1,0 +1,157 @@
+"""PEFT adapter folders as exact updates of a base checkpoint, read without PEFT and without making the model.
+
+Plain LoRA, rsLoRA, rank and alpha patterns, unlike ranks, embeddings, transposed layers, `modules_to_save` and trained
+biases are exact. Everything else (DoRA, a LoRA bias, initialisations that change the base, …) is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from manyshot.errors import ModelError
+from manyshot.rundir import read_json
+from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterFactors, AdapterUpdate, Factor, FactorTable
+from manyshot.tensors import Checkpoint
+
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+# settings that do not change what s·B·A means, whatever their value; any other that is set is refused
+HARMLESS = {
+    *{"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out"},
+    *{"inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"},
+    *{"loftq_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "r"},
+    *{"qalora_group_size", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"},
+    *{"eva_config", "ensure_weight_tying"},
+}
+# initialisations that leave the base's weights as they were
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)(\.default)?(?=\.)")
+REFUSED_PARTS = {
+    "lora_magnitude_vector": "DoRA rescales whole rows, which s·B·A does not describe",
+    "trainable_tokens": "trained tokens change single rows of the embeddings",
+    "lora_variant": "it is a LoRA variant",
+}
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter rather than a model."""
+    return (path / CONFIG_NAME).is_file()
+
+
+def read_adapter(folder: Path, base: Checkpoint, task: str) -> AdapterUpdate:
+    """The update that a PEFT adapter makes to the tensors of `base`.
+
+    Raises ModelError, naming task and tensor, for an adapter of another base and for what is not exact.
+    """
+    if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
+        raise ModelError(_missing(folder, task))
+    config = _read_config(folder, task)
+    weights = Checkpoint(folder / ADAPTER_WEIGHTS_NAME)
+    where = f"model '{task}' ({folder})"
+    sides: dict[tuple[str, str], dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for key in weights.names:
+        name = key.removeprefix(PREFIX)
+        for part, reason in REFUSED_PARTS.items():
+            if part in name:
+                raise ModelError(f"{where}: tensor '{key}' is refused: {reason}")
+        if name.endswith(("lora_B.bias", "lora_A.bias")):
+            raise ModelError(f"{where}: tensor '{key}' is refused: a LoRA bias changes the layer's bias too")
+        if match := LOW_RANK.match(name):
+            sides.setdefault((match["module"], match["kind"] or ""), {})[match["side"]] = key
+        else:
+            whole[_base_name(WRAPPERS.sub("", name), base, where)] = key
+    factors = {}
+    for (module, kind), pair in sides.items():
+        if len(pair) != 2:
+            raise ModelError(f"{where}: '{module}' has only one of the factors A and B")
+        name = _base_name(f"{module}.weight", base, where)
+        factors[name] = _factor(module, bool(kind), pair, weights, base.info(name).shape, config, f"{where}: {name}")
+    _check_whole(whole, weights, base, where)
+    return AdapterUpdate(AdapterFactors(folder, FactorTable(factors, whole)))
+
+
+def _missing(folder: Path, task: str) -> str:
+    if (folder / "adapter_model.bin").exists():
+        return (
+            f"model '{task}': {folder} holds adapter_model.bin, a pickle, which is never read since it can run code. "
+            "Convert it once where you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+        )
+    return f"model '{task}': {folder} has no {ADAPTER_WEIGHTS_NAME}"
+
+
+def _read_config(folder: Path, task: str) -> dict[str, Any]:
+    """The adapter's configuration; refuses every setting that is not known to leave s·B·A exact."""
+    config = read_json(folder / CONFIG_NAME)
+    where = f"model '{task}' ({folder / CONFIG_NAME})"
+    if config.get("peft_type") not in ("LORA", None):
+        raise ModelError(f"{where}: peft_type is {config['peft_type']}; LoRA adapters can be merged")
+    for key, value in sorted(config.items()):
+        if key not in HARMLESS and value:
+            hint = "; DoRA is not of the form s·B·A" if key == "use_dora" else ""
+            raise ModelError(f"{where}: {key} is {value!r}, and merging it would not be exact; it is refused{hint}")
+    if config.get("init_lora_weights") not in HARMLESS_STARTS:
+        raise ModelError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's own weights; save "
+            "the adapter with path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ModelError(f"{where}: lora_alpha is missing")
+    return config
+
+
+def _base_name(name: str, base: Checkpoint, where: str) -> str:
+    """The base's tensor of that name; a checkpoint may have or lack a prefix such as `model.`."""
+    if name in base:
+        return name
+    found = [other for other in base.names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    if len(found) != 1:
+        raise ModelError(
+            f"{where}: it changes '{name}', and the base {base.path} has no such tensor; it was trained on another "
+            "model, or the tensor is tied to another one"
+        )
+    return found[0]
+
+
+def _factor(
+    module: str,
+    embedding: bool,
+    pair: dict[str, str],
+    weights: Checkpoint,
+    shape: tuple[int, ...],
+    config: dict[str, Any],
+    where: str,
+) -> Factor:
+    """Scaling and layout of one low-rank update; both shapes must fit the base's tensor."""
+    a_shape, b_shape = weights.info(pair["A"]).shape, weights.info(pair["B"]).shape
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1] or len(shape) != 2:
+        raise ModelError(f"{where}: factors of shapes {a_shape} and {b_shape} do not make an update of shape {shape}")
+    rank, product = a_shape[0], (b_shape[0], a_shape[1])
+    # a square matrix fits both ways; only the configuration tells
+    transposed = embedding or (bool(config.get("fan_in_fan_out")) if shape[0] == shape[1] else product != shape)
+    if (product[::-1] if transposed else product) != shape:
+        raise ModelError(f"{where}: the adapter's update has shape {product}, the base's tensor {shape}")
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Factor(pair["A"], pair["B"], scaling, transposed)
+
+
+def _by_pattern(patterns: dict[str, float], module: str, default: float) -> float:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_whole(whole: dict[str, str], weights: Checkpoint, base: Checkpoint, where: str) -> None:
+    for name, key in whole.items():
+        if weights.info(key).shape != base.info(name).shape:
+            raise ModelError(
+                f"{where}: tensor '{name}' has shape {weights.info(key).shape}, the base {base.path} has "
+                f"{base.info(name).shape}"
+            )

@@ -1,0 +1,274 @@
+"""Stream task vectors through operators: scan where an operator asks for it, merge, hand on.
+
+A tensor goes through the compiled kernels in long pieces where they can read, merge and write it, else tile by tile and
+step by step; the bits are the same. Shapes: T = tasks, P = entries of a tile.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from manyshot import kernels
+from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
+from manyshot.kernels.pieces import Input, Target, merge_piece, scan_piece
+from manyshot.merge_report import MergeReport, TileSums, add_up
+from manyshot.operators import MatrixOperator, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
+from manyshot.reading import TaskVectorReader, TileData
+from manyshot.task_vector import Scratch
+
+# entries of a piece that the compiled kernels take at once
+PIECE_ENTRIES = 1 << 19
+# float32 entries of task vectors kept between the passes over one tensor; a larger tensor is read again
+CACHE_ENTRIES = 1 << 25
+
+
+class Sink(Protocol):
+    """Where merged entries go."""
+
+    def target(self, name: str) -> Target | None:
+        """Where the compiled kernels write a tensor; None where only `write` can do it."""
+
+    def wrote(self, piece: Piece, bad: bool) -> None:
+        """The compiled kernels have written a piece; `bad` when NaN or Inf is in it."""
+
+    def write(self, piece: Piece, data: TileData, kept_P: torch.Tensor, scratch: Scratch) -> tuple[float, float]:
+        """Take what the operator gave for a tile; say |Θʳ − Θ⁰|² and |Θʳ − Θʳ⁻¹|² of it."""
+
+
+@dataclass(frozen=True)
+class _Route:
+    """How one tensor is merged: in one compiled call per piece, or (None) step by step."""
+
+    operator: Operator
+    compiled: Input | None = None
+    target: Target | None = None
+
+
+@dataclass
+class _Scan:
+    """A scan, and what its last pass counted before each piece."""
+
+    state: Scan
+    preceding: dict[Piece, tuple[int, ...]] = field(default_factory=dict)
+
+
+class MergeStream:
+    """One merge: a reader, an operator for each tensor, weights, and where the result goes.
+
+    `pairs` also sums the inner products of the task vectors, for their cosines.
+    """
+
+    def __init__(
+        self,
+        reader: TaskVectorReader,
+        plan: OperatorPlan,
+        weights: Sequence[float],
+        seed_parts: Sequence[str | int],
+        sink: Sink,
+        pool: TilePool,
+        *,
+        device: str = "cpu",
+        pairs: bool = True,
+    ) -> None:
+        self.reader, self.plan, self.sink, self.pool = reader, plan, sink, pool
+        self.weights, self.seed_parts = tuple(weights), tuple(seed_parts)
+        self.device, self.pairs = torch.device(device), pairs
+        self.num_tasks = len(reader.tasks)
+        self._routes: dict[str, _Route] = {}
+        self._arena: torch.Tensor | None = None
+        self._weights_T: dict[Operator, torch.Tensor] = {}
+
+    def run(self) -> MergeReport:
+        """Merge every tensor that some expert changed."""
+        gc.freeze()  # what the imports left need not be searched again and again while tiles come and go
+        try:
+            with one_torch_thread():
+                return add_up(self.reader.tasks, self._run())
+        finally:
+            gc.unfreeze()
+
+    def _run(self) -> list[TileSums]:
+        elementwise, matrices = [], []
+        scanned: list[list[str]] = []
+        whole: dict[Operator, list[str]] = {}
+        for name in self.reader.names():
+            operator = self.plan.for_tensor(name)
+            if isinstance(operator, MatrixOperator) and len(self.reader.shape(name)) == 2:
+                matrices.append(name)
+            elif operator.start_scan(self.num_tasks, 1) is None:
+                elementwise.append(name)
+            elif operator.scan_scope == "model":
+                whole.setdefault(operator, []).append(name)
+            else:
+                scanned.append([name])
+        sums = self._merge(elementwise, None)
+        for group in (*scanned, *whole.values()):
+            self._open_cache(group)
+            sums += self._merge(group, self._scan(group))
+            self._routes.clear()
+        for name in matrices:
+            sums += self._merge_matrix(name)
+        return sums
+
+    # ---- routes ------------------------------------------------------------------------------------------------------
+
+    def _route(self, name: str) -> _Route:
+        route = self._routes.get(name)
+        if route is None:
+            route = _Route(operator := self.plan.for_tensor(name))
+            target = self.sink.target(name) if operator.operation() and self.device.type == "cpu" else None
+            if target is not None:
+                route = _Route(operator, self.reader.compiled_input(name), target)
+            self._routes[name] = route
+            for old in list(self._routes)[: -4 * self.pool.threads]:  # they hold factors in float32
+                self._routes.pop(old, None)
+        return route
+
+    def _pieces(self, names: Sequence[str]) -> list[Piece]:
+        pieces = []
+        for name in names:
+            entries = PIECE_ENTRIES if self._route(name).compiled else tile_entries(self.num_tasks)
+            pieces += cut(name, self.reader.shape(name), entries)
+        return pieces
+
+    def _open_cache(self, group: Sequence[str]) -> None:
+        """Keep a tensor's task vectors between the passes over it, where they fit."""
+        route, entries = self._route(group[0]), math.prod(self.reader.shape(group[0]))
+        if len(group) > 1 or route.compiled is None or self.num_tasks * entries > CACHE_ENTRIES:
+            return
+        if self._arena is None:
+            self._arena = torch.empty(CACHE_ENTRIES)
+        cache = self._arena[: self.num_tasks * entries].reshape(self.num_tasks, entries)
+        self._routes[group[0]] = replace(route, compiled=replace(route.compiled, cache=cache))
+
+    # ---- scan --------------------------------------------------------------------------------------------------------
+
+    def _scan(self, group: Sequence[str]) -> _Scan:
+        """Run an operator's counting passes over the tensors of a group."""
+        pieces = self._pieces(group)
+        state = self.plan.for_tensor(group[0]).start_scan(self.num_tasks, sum(piece.count for piece in pieces))
+        assert state is not None
+        scan = _Scan(state)
+        while not state.done:
+            by_thread: dict[int, torch.Tensor] = {}
+
+            def count(piece: Piece, scratch: Scratch, by_thread: dict[int, torch.Tensor] = by_thread) -> list[int]:
+                # counts of each thread's own: integers, so their order does not matter
+                counts = None if state.per_tile else by_thread.get(id(scratch))
+                if counts is None:
+                    shape = state.counts_shape()
+                    counts = scratch.take("counts", math.prod(shape), torch.int64).zero_().reshape(shape)
+                    by_thread[id(scratch)] = counts
+                self._observe(piece, scratch, state, counts)
+                return counts.tolist() if state.per_tile else []
+
+            tiles = self.pool.map(count, pieces)
+            if state.per_tile:
+                running = [0] * self.num_tasks
+                for piece, counted in zip(pieces, tiles, strict=True):
+                    scan.preceding[piece] = tuple(running)
+                    running = [total + more for total, more in zip(running, counted, strict=True)]
+                state.advance(torch.tensor(running))
+            else:
+                total, *others = by_thread.values()
+                for counts in others:
+                    total += counts
+                state.advance(total)
+        return scan
+
+    def _observe(self, piece: Piece, scratch: Scratch, state: Scan, counts: torch.Tensor) -> None:
+        compiled = self._route(piece.name).compiled
+        if compiled is None or not isinstance(state, TrimScan):
+            state.observe(self.reader.read(piece, scratch).task_vectors_TP, counts)
+            return
+        buffer = scratch.take("compiled", compiled.scratch_floats)
+        bad = scan_piece(
+            *(compiled, piece.start, piece.count, buffer), stage=state.stage, words=state.words, counts=counts
+        )
+        self.reader.refuse_nonfinite(piece.name, bad)
+
+    # ---- merge -------------------------------------------------------------------------------------------------------
+
+    def _merge(self, names: Sequence[str], scan: _Scan | None) -> list[TileSums]:
+        def work(piece: Piece, scratch: Scratch) -> TileSums:
+            route = self._route(piece.name)
+            preceding = (0,) * self.num_tasks
+            if scan is not None:
+                preceding = scan.preceding.get(piece, preceding)
+            tile = Tile(self._keys(piece.name), piece.start, scan.state if scan else None, preceding)
+            if route.compiled is not None and route.target is not None:
+                return self._merge_compiled(piece, scratch, route.operator, route.compiled, route.target, tile)
+            data = self.reader.read(piece, scratch)
+            weights_T = self._weights(route.operator)
+            kept_P = route.operator.merge(self._move(data.task_vectors_TP), weights_T, tile).cpu()
+            return self._finish(piece, data, kept_P, scratch)
+
+        return self.pool.map(work, self._pieces(names))
+
+    def _merge_compiled(
+        self, piece: Piece, scratch: Scratch, operator: Operator, given: Input, target: Target, tile: Tile
+    ) -> TileSums:
+        operation, trim = operator.operation(), tile.scan if isinstance(tile.scan, TrimScan) else None
+        assert operation is not None
+        done = merge_piece(
+            *(given, operation, self._weights(operator), target, piece.start, piece.count),
+            scratch.take("compiled", given.scratch_floats),
+            pairs=self.pairs,
+            keys=tile.keys,
+            thresholds=trim.thresholds if trim else (),
+            allowed=trim.allowed(tile.preceding) if trim else (),
+        )
+        self.reader.refuse_nonfinite(piece.name, done.bad[:-1])
+        self.sink.wrote(piece, bool(done.bad[-1]))
+        return TileSums(piece, done.changed, done.kept, done.gram, done.merged_square, done.update_square)
+
+    def _merge_matrix(self, name: str) -> list[TileSums]:
+        """Merge one whole matrix, then hand it on tile by tile. Each task's matrix is read when its turn comes."""
+        operator, shape = self.plan.for_tensor(name), self.reader.shape(name)
+        assert isinstance(operator, MatrixOperator)
+        pieces = cut(name, shape, tile_entries(self.num_tasks))
+        if not pieces:
+            return []
+        buffer = torch.empty(shape)
+
+        def matrix(task: int) -> torch.Tensor:
+            def read(piece: Piece, scratch: Scratch) -> None:
+                before_P, start_P = self.reader.read_before(piece, scratch)
+                out_P = buffer.reshape(-1)[piece.start : piece.stop]
+                self.reader.read_task(task, piece, before_P, start_P, out_P, scratch)
+
+            self.pool.map(read, pieces)
+            return self._move(buffer)
+
+        # on one thread, since the bits of a decomposition depend on their number
+        kept = operator.merge_matrix((matrix(task) for task in range(self.num_tasks)), self._weights(operator))
+        kept_flat = kept.cpu().contiguous().reshape(-1)
+
+        def work(piece: Piece, scratch: Scratch) -> TileSums:
+            data = self.reader.read(piece, scratch)
+            return self._finish(piece, data, kept_flat[piece.start : piece.stop], scratch)
+
+        return self.pool.map(work, pieces)
+
+    def _finish(self, piece: Piece, data: TileData, kept_P: torch.Tensor, scratch: Scratch) -> TileSums:
+        """Hand a merged tile on, and count it."""
+        squares = self.sink.write(piece, data, kept_P, scratch)
+        return TileSums(piece, *kernels.tally(data.task_vectors_TP, kept_P, pairs=self.pairs), *squares)
+
+    def _weights(self, operator: Operator) -> torch.Tensor:
+        if operator not in self._weights_T:
+            weights = self.plan.weights_for(operator, self.weights)
+            self._weights_T[operator] = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        return self._weights_T[operator]
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def _keys(self, name: str) -> tuple[int, ...]:
+        return tuple(tile_key(*self.seed_parts, task, name) for task in self.reader.tasks)

@@ -1,0 +1,194 @@
+"""Writers of safetensors: one file in one pass, or the shards of a model folder at once, at any position.
+
+Both know every name, type and shape before the first byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import torch
+
+from manyshot.errors import ModelError
+from manyshot.rundir import atomic_file, name_file, write_json
+from manyshot.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, TensorInfo
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+FLUSH_BYTES = 1 << 27
+
+
+def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data, and where in the file each tensor begins."""
+    offset = 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins = {}
+    for name, info in infos.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        begins[name] = offset
+        offset += info.num_bytes
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)  # the format aligns the data to 8 bytes
+    return struct.pack("<Q", len(blob)) + blob, {name: 8 + len(blob) + begin for name, begin in begins.items()}
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file in one pass; `write` must be called once per tensor, in the order of `infos`."""
+
+    def __init__(self, stream: IO[bytes], infos: Mapping[str, TensorInfo]) -> None:
+        self._stream = stream
+        self._pending = list(infos.items())
+        stream.write(make_header(infos)[0])
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        expected, info = self._pending.pop(0)
+        found = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        if (name, found) != (expected, info):
+            raise ModelError(f"tensor '{name}' ({found}) was written where '{expected}' ({info}) belongs")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._stream.write(flat.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None and self._pending:
+            raise ModelError(f"tensor '{self._pending[0][0]}' was never written")
+
+
+class PositionedWriter:
+    """Writes safetensors files entry by entry, in any order and from several threads at once.
+
+    `files` maps each file to its tensors. On leaving, every entry must have been written once.
+    """
+
+    def __init__(self, files: Mapping[Path, Mapping[str, TensorInfo]]) -> None:
+        self._place: dict[str, tuple[Path, int, TensorInfo]] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._left = {name: info.num_elements for infos in files.values() for name, info in infos.items()}
+        self._lock = threading.Lock()
+        self._unflushed = 0
+        self._wanted, self._closing = threading.Event(), False
+        self._flusher = threading.Thread(target=self._flush, daemon=True)
+        try:
+            for file, infos in files.items():
+                self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                header, begins = make_header(infos)
+                self._write(file, header, 0)
+                self._place |= {name: (file, begins[name], infos[name]) for name in infos}
+        except BaseException:
+            self._close()
+            raise
+        self._flusher.start()
+
+    def write(self, name: str, start: int, entries_P: torch.Tensor) -> None:
+        """Put entries (CPU, of the tensor's type) at position `start` of the flattened tensor."""
+        file, begin, info = self._place[name]
+        if entries_P.dtype != info.dtype or start + len(entries_P) > info.num_elements:
+            raise ModelError(f"tensor '{name}': entries {start}… of type {entries_P.dtype} do not belong into {info}")
+        self._write(file, entries_P.view(torch.uint8).numpy().data, begin + start * info.dtype.itemsize)
+        self.wrote(name, len(entries_P))
+
+    def place(self, name: str) -> tuple[int, int, torch.dtype]:
+        """File descriptor, byte at which the tensor begins, and type, for who writes there himself and then says so."""
+        file, begin, info = self._place[name]
+        return self._descriptors[file], begin, info.dtype
+
+    def wrote(self, name: str, entries: int) -> None:
+        """Note that so many entries of a tensor have been written."""
+        with self._lock:
+            self._left[name] -= entries
+            self._unflushed += entries * self._place[name][2].dtype.itemsize
+            wanted = self._unflushed >= FLUSH_BYTES
+            if wanted:
+                self._unflushed = 0
+        if wanted:
+            self._wanted.set()
+
+    def _flush(self) -> None:
+        """Send to the disk what has been written, while more is being computed; errors come back at the last fsync."""
+        while True:
+            self._wanted.wait()
+            if self._closing:
+                return
+            self._wanted.clear()
+            for descriptor in list(self._descriptors.values()):
+                with suppress(OSError):
+                    os.fdatasync(descriptor)
+
+    def _write(self, file: Path, data: bytes | memoryview, offset: int) -> None:
+        try:
+            while len(data):
+                count = os.pwrite(self._descriptors[file], data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            name_file(error, file)
+            raise
+
+    def _close(self) -> None:
+        self._closing = True
+        self._wanted.set()
+        if self._flusher.is_alive():
+            self._flusher.join()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> PositionedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        if error is None and (wrong := [name for name, left in self._left.items() if left]):
+            raise ModelError(f"tensor '{wrong[0]}': {self._left[wrong[0]]} entries were never written")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file atomically, tensors sorted by name."""
+    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in sorted(tensors)}
+    with atomic_file(path) as stream, SafetensorsWriter(stream, infos) as writer:
+        for name in infos:
+            writer.write(name, tensors[name])
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[dict[str, TensorInfo]]:
+    """Cut tensors, in order, into shards of at most `shard_bytes` (one larger tensor gets a shard of its own)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in infos.items():
+        if shards[-1] and size + info.num_bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.num_bytes
+    return shards
+
+
+def shard_name(number: int, total: int) -> str:
+    """The file name of a shard, numbered from 1, as transformers expects it."""
+    return SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Iterable[Mapping[str, TensorInfo]]) -> None:
+    """Write the shard index; a single shard needs none."""
+    shards = list(shards)
+    if len(shards) == 1:
+        return
+    weight_map = {name: shard_name(i + 1, len(shards)) for i, shard in enumerate(shards) for name in shard}
+    total = sum(info.num_bytes for shard in shards for info in shard.values())
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
