@@ -98,7 +98,9 @@ def refuse_quantized(path: Path, base: Checkpoint, what: str) -> None:
     config = _config(path).get("quantization_config")
     narrow = [name for name in base.names if base.info(name).dtype in EIGHT_BIT_FLOATS]
     if config or narrow:
-        found = f"tensor '{narrow[0]}' has type {base.info(narrow[0]).dtype}" if narrow else "it says quantization_config"
+        found = (
+            f"tensor '{narrow[0]}' has type {base.info(narrow[0]).dtype}" if narrow else "it says quantization_config"
+        )
         raise ModelError(f"{what}: {path} is quantised ({found}); merge the full-precision model it was made from")
 
 

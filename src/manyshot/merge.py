@@ -141,7 +141,11 @@ class _TaskVectorSink:
         else:
             kernels.widen(kept_P, update_P)
             self._optimize(piece, start_P, update_P, scratch)
-            bad = kernels.add_to(start_P, update_P, merged_P) if start_P is not None else kernels.widen(update_P, merged_P)
+            bad = (
+                kernels.add_to(start_P, update_P, merged_P)
+                if start_P is not None
+                else kernels.widen(update_P, merged_P)
+            )
         self._check(piece, bad)
         self.writer.write(piece.name, piece.start, merged_P)
         merged = kernels.square_sum(merged_P)
@@ -151,9 +155,7 @@ class _TaskVectorSink:
         if bad:
             raise MergeError(f"tensor '{piece.name}': the merged task vector holds NaN or Inf; an expert diverged")
 
-    def _optimize(
-        self, piece: Piece, start_P: torch.Tensor | None, update_P: torch.Tensor, scratch: Scratch
-    ) -> None:
+    def _optimize(self, piece: Piece, start_P: torch.Tensor | None, update_P: torch.Tensor, scratch: Scratch) -> None:
         """update ← step_size · update + momentum · (Θʳ⁻¹ − Θʳ⁻²)."""
         if self.outer.step_size != 1:
             update_P *= self.outer.step_size

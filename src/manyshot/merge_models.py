@@ -22,7 +22,7 @@ from manyshot.merge_report import MergeReport
 from manyshot.operators import OperatorPlan
 from manyshot.peft_adapter import is_adapter, read_adapter
 from manyshot.reading import TaskVectorReader, TileData
-from manyshot.rundir import remove, write_json
+from manyshot.rundir import write_json
 from manyshot.stream import MergeStream
 from manyshot.task_vector import Scratch, Update
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter
@@ -45,9 +45,7 @@ class MergeSettings:
     force: bool = False
 
 
-def open_experts(
-    base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: bool = False
-) -> tuple[Update, ...]:
+def open_experts(base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: bool = False) -> tuple[Update, ...]:
     """Each expert as an update of the base: a model folder, or a PEFT adapter. Raises ModelError naming the model."""
     refuse_quantized(base.path, base, "the base")
     updates: list[Update] = []

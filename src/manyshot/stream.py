@@ -23,7 +23,7 @@ from manyshot.reading import TaskVectorReader, TileData
 from manyshot.task_vector import Scratch
 
 # entries of a piece that the compiled kernels take at once
-PIECE_ENTRIES = 1 << 19
+PIECE_ENTRIES = 1 << 18
 # float32 entries of task vectors kept between the passes over one tensor; a larger tensor is read again
 CACHE_ENTRIES = 1 << 25
 

@@ -73,9 +73,7 @@ class Update(Protocol):
     def is_dense(self, name: str) -> bool:
         """Whether the update is a difference of stored weights, so that `read` needs `before_P`."""
 
-    def read(
-        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
-    ) -> bool:
+    def read(self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch) -> bool:
         """Entries start… of θ − Θʳ⁻¹ into `out_P`; `before_P` is Θʳ⁻¹ there. True when θ holds NaN or Inf there."""
 
     def source(self, name: str) -> TileSource | None:
@@ -180,9 +178,7 @@ class AdapterUpdate:
     def is_dense(self, name: str) -> bool:
         return name in self.end.whole
 
-    def read(
-        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
-    ) -> bool:
+    def read(self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch) -> bool:
         if name in self.end.whole:
             return read_difference(self.end.weights, self.end.whole[name], start, before_P, out_P, scratch)
         bad = self.end.read_product(name, start, out_P)
@@ -215,9 +211,7 @@ class ModelUpdate:
     def is_dense(self, name: str) -> bool:
         return True
 
-    def read(
-        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
-    ) -> bool:
+    def read(self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch) -> bool:
         return read_difference(self.model, self._stored_as[name], start, before_P, out_P, scratch)
 
     def source(self, name: str) -> TileSource | None:
@@ -280,9 +274,7 @@ class FactorEntries:
     def is_dense(self, name: str) -> bool:
         return False
 
-    def read(
-        self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch
-    ) -> bool:
+    def read(self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch) -> bool:
         return read_wide(self.weights, name, start, out_P, scratch)
 
     def source(self, name: str) -> TileSource | None:

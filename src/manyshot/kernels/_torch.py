@@ -95,9 +95,7 @@ def draws(key: int, offset: int, count: int, device: torch.device) -> torch.Tens
     return _mix(_mix(first_P) ^ second_P)
 
 
-def drop(
-    task_vectors_TP: torch.Tensor, keys: Sequence[int], offset: int, limit: int, rescale: float
-) -> torch.Tensor:
+def drop(task_vectors_TP: torch.Tensor, keys: Sequence[int], offset: int, limit: int, rescale: float) -> torch.Tensor:
     count, device = task_vectors_TP.shape[1], task_vectors_TP.device
     kept_TP = torch.stack([draws(key, offset, count, device) < limit for key in keys])
     return torch.where(kept_TP, task_vectors_TP, 0.0) / rescale

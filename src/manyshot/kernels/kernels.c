@@ -274,7 +274,17 @@ EXPORT void histogram_high(const float *restrict v, int64_t tasks, int64_t strid
     for (int64_t t = 0; t < tasks; t++) {
         const float *restrict row = v + t * stride;
         int64_t *restrict bins = counts + (t << 15);
-        for (int64_t i = 0; i < n; i++) bins[(bits_of(row[i]) & MAGNITUDE) >> 16]++;
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) { /* two entries a load; which half is which does not matter */
+            uint64_t one, two;
+            memcpy(&one, row + i, 8);
+            memcpy(&two, row + i + 2, 8);
+            bins[one >> 16 & 0x7fffu]++;
+            bins[one >> 48 & 0x7fffu]++;
+            bins[two >> 16 & 0x7fffu]++;
+            bins[two >> 48 & 0x7fffu]++;
+        }
+        for (; i < n; i++) bins[(bits_of(row[i]) & MAGNITUDE) >> 16]++;
     }
 }
 
@@ -284,15 +294,27 @@ EXPORT WIDE void histogram_low(const float *restrict v, int64_t tasks, int64_t s
     for (int64_t t = 0; t < tasks; t++) {
         const float *restrict row = v + t * stride;
         int64_t *restrict bins = counts + (t << 16);
-        uint32_t high = highs[t];
-        for (int64_t begin = 0; begin < n; begin += BLOCK) {
-            int64_t m = least(BLOCK, n - begin);
-            union { uint8_t entry[BLOCK]; uint64_t word[BLOCK / 8]; } hit = {{0}};
-            for (int64_t i = 0; i < m; i++) hit.entry[i] = ((bits_of(row[begin + i]) & MAGNITUDE) >> 16) == high;
-            for (int64_t w = 0; w < BLOCK / 8; w++) /* few entries share the high bits: eight misses cost one test */
-                if (hit.word[w])
+        uint32_t first = highs[t] << 16, usual = first;
+        for (int64_t begin = 0; begin < n; begin += 64) { /* few entries share the high bits */
+            int64_t m = least(64, n - begin);
+            uint8_t hit[64] = {0};
+            if (m == 64)
+                for (int64_t i = 0; i < 64; i++) hit[i] = (bits_of(row[begin + i]) & MAGNITUDE) - first < 0x10000u;
+            else
+                for (int64_t i = 0; i < m; i++) hit[i] = (bits_of(row[begin + i]) & MAGNITUDE) - first < 0x10000u;
+            uint64_t words[8];
+            memcpy(words, hit, 64);
+            if (!(words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7])) continue;
+            /* of those, many may be one value (differences of bfloat16 numbers are): count that one without a table */
+            uint32_t same = 0;
+            for (int64_t i = 0; i < m; i++) same += (uint32_t)((bits_of(row[begin + i]) & MAGNITUDE) == usual);
+            bins[usual & 0xffffu] += same;
+            for (int64_t i = 0; i < m; i++) hit[i] &= (bits_of(row[begin + i]) & MAGNITUDE) != usual;
+            memcpy(words, hit, 64);
+            for (int64_t w = 0; w < 8; w++)
+                if (words[w])
                     for (int64_t i = 8 * w; i < 8 * w + 8; i++)
-                        if (hit.entry[i]) bins[bits_of(row[begin + i]) & 0xffffu]++;
+                        if (hit[i]) usual = bits_of(row[begin + i]) & MAGNITUDE, bins[usual & 0xffffu]++;
         }
     }
 }
@@ -311,8 +333,9 @@ EXPORT WIDE void count_equal(const float *restrict v, int64_t tasks, int64_t str
     }
 }
 
-/* out = v where its magnitude is above `threshold`, or equal to it and among the first `allowed` such entries; else 0 */
-static inline void trim_row(const float *restrict v, int64_t n, uint32_t threshold, int64_t allowed,
+/* out = v where its magnitude is above `threshold`, or equal to it and among the first `allowed` such entries; else 0.
+ * Returns how many more such entries may stay. */
+static inline int64_t trim_row(const float *restrict v, int64_t n, uint32_t threshold, int64_t allowed,
                             float *restrict out) {
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
         int64_t m = least(BLOCK, n - begin);
@@ -332,11 +355,13 @@ static inline void trim_row(const float *restrict v, int64_t n, uint32_t thresho
         }
         allowed -= equal;
     }
+    return allowed;
 }
 
 EXPORT WIDE void trim(const float *restrict v, int64_t tasks, int64_t stride, int64_t n,
-                      const uint32_t *restrict thresholds, const int64_t *restrict allowed, float *restrict out) {
-    for (int64_t t = 0; t < tasks; t++) trim_row(v + t * stride, n, thresholds[t], allowed[t], out + t * n);
+                      const uint32_t *restrict thresholds, int64_t *restrict allowed, float *restrict out) {
+    for (int64_t t = 0; t < tasks; t++)
+        allowed[t] = trim_row(v + t * stride, n, thresholds[t], allowed[t], out + t * n);
 }
 
 /* ---- sums for reports: float32 within a block, float64 over blocks ----------------------------------------------- */

@@ -27,8 +27,9 @@ EXPORT void histogram_low(const float *v, int64_t tasks, int64_t stride, int64_t
                           int64_t *counts);
 EXPORT void count_equal(const float *v, int64_t tasks, int64_t stride, int64_t n, const uint32_t *thresholds,
                         int64_t *counts);
+/* `allowed` goes down by the entries that are equal to the threshold */
 EXPORT void trim(const float *v, int64_t tasks, int64_t stride, int64_t n, const uint32_t *thresholds,
-                 const int64_t *allowed, float *out);
+                 int64_t *allowed, float *out);
 EXPORT void tally(const float *v, int64_t tasks, int64_t stride, const float *kept, int64_t n, int32_t pairs,
                   int64_t *counts, double *gram);
 EXPORT double square_sum(const float *v, int64_t n);

@@ -16,8 +16,8 @@ from manyshot.kernels import _CALL, STORED, draw_limit
 from manyshot.kernels._native import Output, Reader, Source, Steps
 from manyshot.kernels._operation import Operation
 
-# floats that a step over a piece works on, all rows together: half of a common second-level cache
-STEP_FLOATS = 1 << 18
+# floats that a step over a piece works on, all rows together: a quarter of a common second-level cache
+STEP_FLOATS = 1 << 17
 SMALLEST_STEP = 1 << 11
 OTHER_ROWS = 5
 FACTORS = 3
@@ -108,10 +108,17 @@ class Done:
 
 
 def scan_piece(
-    given: Input, start: int, count: int, scratch: torch.Tensor, *, stage: int, words: Sequence[int], counts: torch.Tensor
+    given: Input,
+    start: int,
+    count: int,
+    scratch: torch.Tensor,
+    *,
+    stage: int,
+    words: Sequence[int],
+    counts: torch.Tensor,
 ) -> list[int]:
     """Add one counting pass of TIES over a piece to `counts`; returns what is bad in base and tasks. Raises OSError."""
-    reader, _array = given._reader(scratch, cached=stage > 0)
+    reader, _array = given._reader(scratch, cached=stage > 0 and given.cache is not None)
     bad = (ctypes.c_int64 * (given.num_tasks + 1))()
     packed = (ctypes.c_uint32 * given.num_tasks)(*words)
     _check(_CALL["scan_piece"](ctypes.byref(reader), start, count, stage, packed, counts.data_ptr(), bad))
@@ -149,7 +156,9 @@ def merge_piece(
         density=operation.rescale,
         weights=weights_T.data_ptr(),
         limit=draw_limit(operation.density),
-        **{name: ctypes.addressof(array) for name, array in zip(("keys", "thresholds", "allowed"), packed, strict=True)},
+        **{
+            name: ctypes.addressof(array) for name, array in zip(("keys", "thresholds", "allowed"), packed, strict=True)
+        },
     )
     counts, sums = (ctypes.c_int64 * (tasks + 4))(), (ctypes.c_double * (tasks**2 + 2))()
     output = Output(

@@ -102,7 +102,7 @@ typedef struct {
 } tile;
 
 /* Task vectors (and base and start, where they are read) of the next tile; bad (1 + T) counts tiles with NaN or Inf. */
-static int read_tile(const reader *in, int64_t start, int64_t n, tile *out, int64_t *bad) {
+static int read_tile(const reader *in, int64_t start, int64_t n, int rows_only, tile *out, int64_t *bad) {
     const source *base = in->sources, *started = in->sources + 1;
     float *at = in->scratch;
     void *stored = at;
@@ -113,6 +113,7 @@ static int read_tile(const reader *in, int64_t start, int64_t n, tile *out, int6
     out->prepared = (at += in->step);
     out->rows = in->cache ? in->cache + start : at + in->tasks * in->step;
     out->stride = in->cache ? in->cache_stride : in->step;
+    if (in->cached && rows_only) return 0;
     if (started->type != ZEROS) {
         int found = read_source(started, start, n, 0, stored, out->start);
         if (found < 0) return -found;
@@ -128,7 +129,7 @@ static int read_tile(const reader *in, int64_t start, int64_t n, tile *out, int6
     } else {
         out->before = 0;
     }
-    if (in->cache && in->cached) return 0;
+    if (in->cached) return 0;
     for (int64_t t = 0; t < in->tasks; t++) {
         float *row = out->rows + t * out->stride;
         int found = read_source(in->sources + 2 + t, start, n, out->before, stored, row);
@@ -146,7 +147,7 @@ EXPORT int scan_piece(const reader *in, int64_t start, int64_t n, int32_t stage,
     for (int64_t done = 0; done < n; done += in->step) {
         int64_t m = least(in->step, n - done);
         tile one;
-        int error = read_tile(in, start + done, m, &one, bad);
+        int error = read_tile(in, start + done, m, 1, &one, bad);
         if (error) return error;
         if (stage == 0) histogram_high(one.rows, in->tasks, one.stride, m, counts);
         if (stage == 1) histogram_low(one.rows, in->tasks, one.stride, m, words, counts);
@@ -161,11 +162,7 @@ static void apply(const reader *in, const operation *op, tile *one, int64_t posi
     if (op->prepare == DROP) {
         drop(rows, in->tasks, stride, op->keys, position, op->limit, op->density, one->prepared, n);
     } else if (op->prepare == TRIM) {
-        int64_t equal[in->tasks];
-        memset(equal, 0, sizeof equal);
         trim(rows, in->tasks, stride, n, op->thresholds, allowed, one->prepared);
-        count_equal(rows, in->tasks, stride, n, op->thresholds, equal);
-        for (int64_t t = 0; t < in->tasks; t++) allowed[t] -= equal[t];
     }
     if (op->prepare != PLAIN) rows = one->prepared, stride = n;
     if (op->combine == SUM) weighted_sum(rows, in->tasks, stride, op->weights, op->scaling, one->kept, n);
@@ -182,7 +179,7 @@ EXPORT int merge_piece(const reader *in, const operation *op, const output *out,
     for (int64_t done = 0; done < n; done += in->step) {
         int64_t position = start + done, m = least(in->step, n - done);
         tile one;
-        int error = read_tile(in, position, m, &one, bad);
+        int error = read_tile(in, position, m, 0, &one, bad);
         if (error) return error;
         apply(in, op, &one, position, m, allowed);
         const float *added_to = out->mode == ADD_TO_BASE ? one.before : out->mode == ADD_TO_START ? one.start : 0;

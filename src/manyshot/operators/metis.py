@@ -52,7 +52,9 @@ class Metis(Operator):
         if self.mask:
             found += agreement_problems(self.min_agreement, num_tasks)
         if self.effective_tasks is not None and self.temperature != "auto":
-            found.append(("effective_tasks", "is what temperature: auto aims at; with a number for temperature drop it"))
+            found.append(
+                ("effective_tasks", "is what temperature: auto aims at; with a number for temperature drop it")
+            )
         elif self.effective_tasks is not None and not 1 <= self.effective_tasks <= num_tasks:
             found.append(("effective_tasks", f"{self.effective_tasks:g} of {num_tasks} tasks; give 1 … {num_tasks}"))
         return found
