@@ -96,8 +96,8 @@ def _read_config(folder: Path, task: str) -> dict[str, Any]:
             raise ModelError(f"{where}: {key} is {value!r}, and merging it would not be exact; it is refused{hint}")
     if config.get("init_lora_weights") not in HARMLESS_STARTS:
         raise ModelError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's own weights; save "
-            "the adapter with path_initial_model_for_weight_conversion, which makes a plain one of it"
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's own weights; "
+            "save the adapter with path_initial_model_for_weight_conversion, which makes a plain one of it"
         )
     if not isinstance(config.get("lora_alpha"), int | float):
         raise ModelError(f"{where}: lora_alpha is missing")

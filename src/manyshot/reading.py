@@ -14,7 +14,8 @@ import torch
 from manyshot import kernels
 from manyshot.engine import Piece
 from manyshot.errors import MergeError, ModelError
-from manyshot.kernels.pieces import Input, Source
+from manyshot.kernels import Source
+from manyshot.kernels.pieces import Input
 from manyshot.task_vector import Scratch, StoredTaskVector, TileSource, Update, read_wide, stored_source
 from manyshot.tensors import Checkpoint
 
@@ -23,7 +24,7 @@ Reference = Literal["pretrained", "start"]
 
 @dataclass(frozen=True)
 class TileData:
-    """One tile: the float32 model it adds to (Θʳ⁻¹), its difference to Θ⁰, and the task vectors; None where not read."""
+    """One tile: the float32 model it adds to (Θʳ⁻¹), its difference to Θ⁰, the task vectors; None where not read."""
 
     before_P: torch.Tensor | None
     start_P: torch.Tensor | None

@@ -50,7 +50,7 @@ class Scratch:
 class TileSource:
     """Where the compiled kernels read a tensor, and the object that must live as long as they do."""
 
-    source: pieces.Source
+    source: kernels.Source
     owner: object
 
 
@@ -262,7 +262,7 @@ class StoredTaskVector:
 
 
 class FactorEntries:
-    """An adapter's factors as they are, A and B themselves: the vectors of `space: factors`, where Θ⁰ counts as zero."""
+    """An adapter's factors as they are, A and B: the vectors of `space: factors`, where Θ⁰ counts as zero."""
 
     def __init__(self, adapter: Path) -> None:
         self.weights = AdapterFactors(adapter).weights

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from manyshot.kernels import _native, _torch
+from manyshot.kernels._native import Source
 from manyshot.kernels._operation import Operation
 
 KEY_BITS = 32
@@ -163,7 +164,7 @@ def count_equal(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], counts
 
 
 def trim(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], allowed: Sequence[int]) -> torch.Tensor:
-    """(T, P): magnitudes above the bits of the task's threshold, the first `allowed` of those equal to it, else zeros."""
+    """(T, P): magnitudes above the task's threshold (bits), the first `allowed` of those equal to it, else zeros."""
     if not _usable(task_vectors_TP):
         return _torch.trim(task_vectors_TP, thresholds, allowed)
     out_TP = _like(task_vectors_TP)
@@ -214,4 +215,4 @@ def apply(
     return weighted_sum(rows_TP, weights_T, operation.scaling)
 
 
-__all__ = ["Operation", "apply", "compiled"]
+__all__ = ["Operation", "Source", "apply", "compiled"]

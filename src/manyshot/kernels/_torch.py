@@ -109,15 +109,15 @@ def _magnitudes(vector_P: torch.Tensor) -> torch.Tensor:
 
 
 def histogram_high(task_vectors_TP: torch.Tensor, counts_TB: torch.Tensor) -> None:
-    for vector_P, counts_B in zip(task_vectors_TP, counts_TB, strict=True):
-        counts_B += torch.bincount(_magnitudes(vector_P) >> 16, minlength=len(counts_B)).cpu()
+    for task, vector_P in enumerate(task_vectors_TP):
+        counts_TB[task] += torch.bincount(_magnitudes(vector_P) >> 16, minlength=counts_TB.shape[1]).cpu()
 
 
 def histogram_low(task_vectors_TP: torch.Tensor, highs: Sequence[int], counts_TB: torch.Tensor) -> None:
-    for vector_P, high, counts_B in zip(task_vectors_TP, highs, counts_TB, strict=True):
+    for task, (vector_P, high) in enumerate(zip(task_vectors_TP, highs, strict=True)):
         magnitudes_P = _magnitudes(vector_P)
         chosen = magnitudes_P[(magnitudes_P >> 16) == high] & 0xFFFF
-        counts_B += torch.bincount(chosen, minlength=len(counts_B)).cpu()
+        counts_TB[task] += torch.bincount(chosen, minlength=counts_TB.shape[1]).cpu()
 
 
 def count_equal(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], counts_T: torch.Tensor) -> None:

@@ -120,33 +120,9 @@ def scan_piece(
     """Add one counting pass of TIES over a piece to `counts`; returns what is bad in base and tasks. Raises OSError."""
     reader, _array = given._reader(scratch, cached=stage > 0 and given.cache is not None)
     bad = (ctypes.c_int64 * (given.num_tasks + 1))()
-    packed = (ctypes.c_uint32 * given.num_tasks)(*words)
-    _check(_CALL["scan_piece"](ctypes.byref(reader), start, count, stage, packed, counts.data_ptr(), bad))
-    return bad[:]
-
-
-def merge_piece(
-    given: Input,
-    operation: Operation,
-    weights_T: torch.Tensor,
-    target: Target,
-    start: int,
-    count: int,
-    scratch: torch.Tensor,
-    *,
-    pairs: bool,
-    keys: Sequence[int],
-    thresholds: Sequence[int] = (),
-    allowed: Sequence[int] = (),
-) -> Done:
-    """Merge a piece and write it. Raises OSError."""
-    tasks = given.num_tasks
-    reader, _array = given._reader(scratch, cached=given.cache is not None)
-    packed = (
-        (ctypes.c_uint64 * tasks)(*keys),
-        (ctypes.c_uint32 * tasks)(*thresholds),
-        (ctypes.c_int64 * tasks)(*allowed),
-    )
+    packed_keys = (ctypes.c_uint64 * tasks)(*keys)
+    packed_thresholds = (ctypes.c_uint32 * tasks)(*thresholds)
+    packed_allowed = (ctypes.c_int64 * tasks)(*allowed)
     steps = Steps(
         prepare=PREPARE[operation.prepare],
         combine=COMBINE[operation.combine],
@@ -155,10 +131,10 @@ def merge_piece(
         threshold=operation.threshold,
         density=operation.rescale,
         weights=weights_T.data_ptr(),
+        keys=ctypes.addressof(packed_keys),
         limit=draw_limit(operation.density),
-        **{
-            name: ctypes.addressof(array) for name, array in zip(("keys", "thresholds", "allowed"), packed, strict=True)
-        },
+        thresholds=ctypes.addressof(packed_thresholds),
+        allowed=ctypes.addressof(packed_allowed),
     )
     counts, sums = (ctypes.c_int64 * (tasks + 4))(), (ctypes.c_double * (tasks**2 + 2))()
     output = Output(

@@ -39,8 +39,9 @@ def load_operator(entry: EntryPoint) -> type[Operator]:
     where = f"entry point '{entry.name} = {entry.value}' ({GROUP})"
     if not (isinstance(found, type) and issubclass(found, Operator) and is_dataclass(found)):
         raise TypeError(f"{where}: not a frozen dataclass that derives from manyshot.Operator")
-    if found.name != entry.name:
-        raise ValueError(f"{where}: the class calls itself '{found.name}'; both names must be the same")
+    name = getattr(found, "name", None)
+    if name != entry.name:
+        raise ValueError(f"{where}: the class calls itself '{name}'; both names must be the same")
     if entry.name in BUILT_IN:
         raise ValueError(f"{where}: there is an operator of that name already")
     return found

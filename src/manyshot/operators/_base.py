@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, ClassVar, Literal, Protocol, Self, TypeVar, cast
+from typing import Annotated, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -166,7 +166,7 @@ def one(value: Number | tuple[Number, ...]) -> Number:
     """A hyper-parameter of which at_round() has chosen this round's value."""
     if isinstance(value, tuple):
         raise TypeError("a per-round hyper-parameter: call at_round() before merge()")
-    return cast("Number", value)
+    return value
 
 
 def merge_whole(

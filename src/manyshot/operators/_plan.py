@@ -11,7 +11,7 @@ from manyshot.operators._base import Operator
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """An operator for every tensor name. Of the patterns (as in a shell: * ? [ ]) that fit a name, the last one wins."""
+    """An operator for every tensor name. Of the patterns (as in a shell: * ? [ ]) that fit a name, the last wins."""
 
     default: Operator
     overrides: tuple[tuple[str, Operator], ...] = ()

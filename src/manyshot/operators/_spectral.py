@@ -18,5 +18,6 @@ def thin_svd(matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def nearest_orthogonal(matrix_OK: torch.Tensor) -> torch.Tensor:
     """The matrix with orthonormal columns (rows, where it is wide) nearest to the given one: P Qᵀ of P Σ Qᵀ."""
-    left, _, right = torch.linalg.svd(matrix_OK, full_matrices=False)
-    return left @ right
+    left_OK, _, right_KK = torch.linalg.svd(matrix_OK, full_matrices=False)
+    nearest_OK: torch.Tensor = left_OK @ right_KK
+    return nearest_OK

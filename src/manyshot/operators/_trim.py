@@ -1,8 +1,8 @@
 """Exact trimming to the largest magnitudes, without a sort and without holding the vector.
 
 A float32 magnitude is ordered as its bits are, so the k-th largest is found by counting: first the high 15 bits of all
-entries, then the low 16 bits of those that share the k-th's high bits. Where entries equal to the k-th are more than may
-stay, the first ones in order stay, so exactly k entries are kept.
+entries, then the low 16 bits of those that share the k-th's high bits. Where entries equal to the k-th are more than
+may stay, the first ones in order stay, so exactly k entries are kept.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import torch
 
 from manyshot import kernels
-from manyshot.operators._base import FractionPerRound, Operator, PerRound, Tile, Weighting, one
+from manyshot.operators._base import FractionPerRound, Operator, PerRound, Scan, Tile, Weighting, one
 from manyshot.operators._trim import TrimScan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ties(Operator):
-    """Keep each v_τ's `density` largest magnitudes, t_τ; s = sign(Σ_τ w_τ t_τ); M(v) = β · mean of the w_τ t_τ of sign s.
+    """Keep each v_τ's `density` largest magnitudes, t_τ; s = sign(Σ_τ w_τ t_τ); M(v) = β · mean of w_τ t_τ of sign s.
 
     The mean is Σ w_τ t_τ / Σ w_τ over the tasks that agree. `trim_scope`: the largest of each tensor, or of the whole
     model. Exactly ⌊density · n⌋ entries stay; among equal magnitudes the first ones in order.
@@ -31,7 +31,7 @@ class Ties(Operator):
     def scan_scope(self) -> Literal["tensor", "model"]:
         return self.trim_scope
 
-    def start_scan(self, num_tasks: int, num_entries: int) -> TrimScan:
+    def start_scan(self, num_tasks: int, num_entries: int) -> Scan:
         return TrimScan(num_tasks, num_entries, one(self.density))
 
     def operation(self) -> kernels.Operation:

@@ -1,4 +1,4 @@
-"""TSV-M: merge the tasks' leading singular vectors after decorrelating them (Gargiulo et al. 2025, arXiv 2412.00081)."""
+"""TSV-M: merge the tasks' leading singular vectors, decorrelated (Gargiulo et al. 2025, arXiv 2412.00081)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from manyshot.operators._spectral import nearest_orthogonal, thin_svd
 class TsvM(MatrixOperator):
     """Of each v_τ = U_τ Σ_τ V_τᵀ the leading K/T directions; U = [U_1 … U_T], V likewise, Σ = diag(w_τ Σ_τ).
 
-    M(v) = β U⊥ Σ V⊥ᵀ, where U⊥ and V⊥ are the nearest matrices with orthonormal columns (the whitening). β is `scaling`.
+    M(v) = β U⊥ Σ V⊥ᵀ, U⊥ and V⊥ the nearest matrices with orthonormal columns (the whitening). β is `scaling`.
     """
 
     name: Literal["tsv_m"] = "tsv_m"
