@@ -120,6 +120,28 @@ def scan_piece(
     """Add one counting pass of TIES over a piece to `counts`; returns what is bad in base and tasks. Raises OSError."""
     reader, _array = given._reader(scratch, cached=stage > 0 and given.cache is not None)
     bad = (ctypes.c_int64 * (given.num_tasks + 1))()
+    packed = (ctypes.c_uint32 * given.num_tasks)(*words)
+    _check(_CALL["scan_piece"](ctypes.byref(reader), start, count, stage, packed, counts.data_ptr(), bad))
+    return bad[:]
+
+
+def merge_piece(
+    given: Input,
+    operation: Operation,
+    weights_T: torch.Tensor,
+    target: Target,
+    start: int,
+    count: int,
+    scratch: torch.Tensor,
+    *,
+    pairs: bool,
+    keys: Sequence[int],
+    thresholds: Sequence[int] = (),
+    allowed: Sequence[int] = (),
+) -> Done:
+    """Merge a piece and write it. Raises OSError."""
+    tasks = given.num_tasks
+    reader, _array = given._reader(scratch, cached=given.cache is not None)
     packed_keys = (ctypes.c_uint64 * tasks)(*keys)
     packed_thresholds = (ctypes.c_uint32 * tasks)(*thresholds)
     packed_allowed = (ctypes.c_int64 * tasks)(*allowed)

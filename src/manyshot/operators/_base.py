@@ -43,7 +43,10 @@ class Scan(Protocol):
     """
 
     done: bool
-    per_tile: bool  # whether this pass needs, in each tile, the sum over the tiles before it
+
+    @property
+    def per_tile(self) -> bool:
+        """Whether the pass that is due needs, in each tile, the sum over the tiles before it."""
 
     def counts_shape(self) -> tuple[int, ...]:
         """Shape of the counts (int64) of the pass that is due."""
