@@ -6,6 +6,7 @@ A mistake found here costs seconds; the same one found in the last round costs t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from manyshot.base_model import BaseModel, find_base_model
 from manyshot.errors import DataError, ModelError
 from manyshot.evaluate import encode_choices
 from manyshot.local_update import encode_validation
+from manyshot.match import open_experts
 from manyshot.metrics import check_metric, find_metric
 from manyshot.models import check_target_modules, choose_placement, load_tokenizer, meta_model, quiet_transformers
 from manyshot.recipe import Recipe
@@ -44,9 +46,19 @@ def check_inputs(recipe: Recipe) -> Inputs:
     with quiet_transformers():
         tokenizer = load_tokenizer(base.path, trust_remote_code=recipe.trust_remote_code)
         model = meta_model(base.path, trust_remote_code=recipe.trust_remote_code)
-    changed_entries = check_model(recipe, base, model)
+    changed_entries = max(check_model(recipe, base, model), check_experts(recipe, base))
     check_texts(recipe, tasks, tokenizer, model.get_input_embeddings().weight.shape[0])
     return Inputs(base, tasks, changed_entries)
+
+
+def check_experts(recipe: Recipe, base: BaseModel) -> int:
+    """Open the experts that exist already. Returns how many weights they change. Raises ModelError naming the task."""
+    experts = {name: Path(spec.expert) for name, spec in recipe.tasks.items() if spec.expert}
+    if not experts:
+        return 0
+    checkpoint = Checkpoint(base.path)
+    changed = {name for update in open_experts(checkpoint, experts) for name in update.names}
+    return sum(checkpoint.info(name).num_elements for name in changed)
 
 
 def check_tasks(recipe: Recipe) -> tuple[Task, ...]:

@@ -52,6 +52,7 @@ class LocalUpdateJob:
     steps_before: int
     total_steps: int
     key: str  # digest of all inputs: equal keys give equal bytes
+    adopted: Path | None = None  # an expert that exists already: nothing is trained
 
 
 def finished_update(job: LocalUpdateJob) -> dict[str, Any] | None:
@@ -75,7 +76,9 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
         tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
-        examples = _training_examples(job, tokenizer)
+        examples = _training_examples(job, tokenizer) if job.adopted is None else []
+        if job.adopted is not None:
+            return _adopt(job, job.adopted, placement, tokenizer, progress)
         with progress.timed("load", job.round_index, job.task.name):
             model = _start_model(job, placement)
         losses = _train(model, tokenizer, examples, job, placement, progress, where)
@@ -87,6 +90,27 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
         record["validation"] = loss.to_json()
     write_json(job.folder / RECORD, record)
     return record
+
+
+def _adopt(
+    job: LocalUpdateJob, expert: Path, placement: Placement, tokenizer: Any, progress: Progress
+) -> dict[str, Any]:
+    """Measure an expert that exists already, and write the record of a local update without steps."""
+    with progress.timed("load", job.round_index, job.task.name):
+        model = load_model(adopted_state(job.start, expert), placement)
+    loss = task_loss(model, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert")
+    record = {"key": job.key, "task": job.task.name, "round": job.round_index, "steps": 0, "expert": str(expert)}
+    record["validation"] = loss.to_json()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / RECORD, record)
+    return record
+
+
+def adopted_state(start: ModelState, expert: Path) -> ModelState:
+    """A model folder, or a PEFT adapter on the pretrained model."""
+    if (expert / "adapter_config.json").is_file():
+        return replace(start, adapter=expert)
+    return replace(start, full=expert)
 
 
 def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
@@ -197,7 +221,9 @@ def _record(job: LocalUpdateJob, examples: Sequence[Encoded], losses: Sequence[f
 
 
 def expert_state(start: ModelState, folder: Path) -> ModelState:
-    """The expert that a finished local update left in `folder`."""
+    """The expert that a finished local update left in `folder`, or says where it is."""
+    if "expert" in (record := read_json(folder / RECORD)):
+        return adopted_state(start, Path(record["expert"]))
     if (folder / "model").is_dir():
         return replace(start, full=folder / "model", task_vector=None, start_adapter=None)
     return replace(start, adapter=folder / "adapter")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyshot.errors import DataError, MergeError
+from manyshot.operators import Operator
 from manyshot.tasks import Encoded
 
 if TYPE_CHECKING:
@@ -165,11 +166,73 @@ def gap_weights(gaps: Sequence[float], temperature: float) -> list[float]:
     return [value / total for value in raised]
 
 
+# an expert that gained less than this on the pretrained model (nats) has learned next to nothing
+SMALLEST_IMPROVEMENT = 0.01
+
+
+def relative_gaps(
+    gaps: Sequence[float], pretrained_losses: Sequence[float], expert_losses: Sequence[float]
+) -> list[float]:
+    """G_τ / (L_τ(Θ⁰) − L_τ(θ_τ)): the share of what the expert gained that the merged model lacks.
+
+    Tasks whose losses have unlike scales then weigh alike. Improvements below SMALLEST_IMPROVEMENT count as that.
+    """
+    improvements = [before - after for before, after in zip(pretrained_losses, expert_losses, strict=True)]
+    return [gap / max(gain, SMALLEST_IMPROVEMENT) for gap, gain in zip(gaps, improvements, strict=True)]
+
+
+def auto_temperature(gaps: Sequence[float], effective: float) -> float:
+    """The λ for which exp(H(softmax(G/λ))) is `effective`, by bisection; it rises with λ from 1 to the number of tasks.
+
+    Where several tasks share the largest gap no λ gives fewer effective tasks than those; then the smallest λ tried.
+    """
+    spread = max(gaps) - min(gaps)
+    if spread == 0:
+        return 1.0  # any: the weights are uniform
+    low, high = spread * 1e-4, spread * 1e4
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if effective_tasks(gap_weights(gaps, middle)) < effective:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def uniform_weights(num_tasks: int) -> list[float]:
     """1/T for every task."""
     return [1.0 / num_tasks] * num_tasks
 
 
 def effective_tasks(weights: Sequence[float]) -> float:
-    """exp(H(α)): T for uniform weights, 1 when one task has all the weight."""
+    """exp(H(α)) of the weights divided by their sum: T for uniform weights, 1 when one task has all the weight."""
+    total = math.fsum(abs(weight) for weight in weights)
+    weights = [abs(weight) / total for weight in weights]
     return math.exp(-math.fsum(weight * math.log(weight) for weight in weights if weight > 0))
+
+
+# share of the tasks that `temperature: auto` keeps effective when the recipe does not say how many
+EFFECTIVE_SHARE = 0.75
+
+
+def choose_weights(
+    operator: Operator, gaps: Sequence[float], pretrained_losses: Sequence[float], expert_losses: Sequence[float]
+) -> tuple[list[float], dict[str, Any]]:
+    """The tasks' weights for an operator, and how they came about: α = softmax(G/λ), or what needs no gaps.
+
+    Without gaps, a mean weighs each task 1/T, a sum multiplies each by 1.
+    """
+    if operator.weighting == "multiplier":
+        return [1.0] * len(gaps), {}
+    if not operator.uses_loss_gaps:
+        return uniform_weights(len(gaps)), {}
+    details: dict[str, Any] = {}
+    used = list(gaps)
+    # a third-party operator that uses loss gaps has these settings too, or their defaults
+    temperature, effective = getattr(operator, "temperature", 1.0), getattr(operator, "effective_tasks", None)
+    if getattr(operator, "gap", "absolute") == "relative":
+        used = relative_gaps(gaps, pretrained_losses, expert_losses)
+        details["relative_gaps"] = used
+    if temperature == "auto":
+        temperature = auto_temperature(used, effective or EFFECTIVE_SHARE * len(used))
+    return gap_weights(used, temperature), details | {"temperature": temperature}

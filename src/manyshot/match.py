@@ -5,16 +5,34 @@ No list of architectures: names, shapes and, for tied weights, the bytes themsel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from manyshot.errors import ModelError
+from manyshot.peft_adapter import is_adapter, read_adapter
 from manyshot.rundir import read_json
-from manyshot.task_vector import ModelUpdate
+from manyshot.task_vector import ModelUpdate, Update
 from manyshot.tensors import Checkpoint
 
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
+def open_experts(base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: bool = False) -> tuple[Update, ...]:
+    """Each expert as an update of the base: a model folder, or a PEFT adapter. Raises ModelError naming the model."""
+    refuse_quantized(base.path, base, "the base")
+    updates: list[Update] = []
+    for task, path in experts.items():
+        if not path.is_dir():
+            raise ModelError(f"model '{task}': no such folder: {path}")
+        if is_adapter(path):
+            updates.append(read_adapter(path, base, task))
+        else:
+            expert = Checkpoint(path)
+            refuse_quantized(path, expert, f"model '{task}'")
+            updates.append(match_model(task, expert, base, allow_copy=allow_copy))
+    return tuple(updates)
 
 
 def match_model(task: str, expert: Checkpoint, base: Checkpoint, *, allow_copy: bool = False) -> ModelUpdate:

@@ -13,18 +13,17 @@ import torch
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, tile_entries
-from manyshot.errors import MergeError, ModelError, RunFolderError
+from manyshot.errors import MergeError, RunFolderError
 from manyshot.export import copy_piece, open_model_folder, output_info
 from manyshot.kernels.pieces import ADD_TO_BASE, Target
-from manyshot.match import match_model, refuse_quantized, tied_duplicates
+from manyshot.match import open_experts, tied_duplicates
 from manyshot.merge import refuse_empty
 from manyshot.merge_report import MergeReport
 from manyshot.operators import OperatorPlan
-from manyshot.peft_adapter import is_adapter, read_adapter
 from manyshot.reading import TaskVectorReader, TileData
 from manyshot.rundir import write_json
 from manyshot.stream import MergeStream
-from manyshot.task_vector import Scratch, Update
+from manyshot.task_vector import Scratch
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter
 from manyshot.tensors import Checkpoint, TensorInfo
 
@@ -43,22 +42,6 @@ class MergeSettings:
     allow_copy: bool = False
     allow_nonfinite: bool = False
     force: bool = False
-
-
-def open_experts(base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: bool = False) -> tuple[Update, ...]:
-    """Each expert as an update of the base: a model folder, or a PEFT adapter. Raises ModelError naming the model."""
-    refuse_quantized(base.path, base, "the base")
-    updates: list[Update] = []
-    for task, path in experts.items():
-        if not path.is_dir():
-            raise ModelError(f"model '{task}': no such folder: {path}")
-        if is_adapter(path):
-            updates.append(read_adapter(path, base, task))
-        else:
-            expert = Checkpoint(path)
-            refuse_quantized(path, expert, f"model '{task}'")
-            updates.append(match_model(task, expert, base, allow_copy=allow_copy))
-    return tuple(updates)
 
 
 def check_output(output: Path, inputs: Sequence[Path], *, force: bool) -> None:

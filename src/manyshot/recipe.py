@@ -5,19 +5,23 @@ Unknown keys fail with a suggestion, the file and the line, and all errors come 
 
 from __future__ import annotations
 
+import dataclasses
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from manyshot.operators import OPERATORS, Metis, Operator
+from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
 
+Problems = list[tuple[str, str]]
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # folders of a run that a task of the same name would collide with
 RESERVED_TASK_NAMES = ("merged", "carried_adapter")
 RESERVED_TASK_ENDINGS = (".partial", ".json", ".safetensors")
 
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -36,6 +40,9 @@ class TaskSpec(_Section):
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the name in the file")
     format: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: strings become user and assistant turns of the chat template; plain: as they are"
+    )
+    expert: str | None = Field(
+        None, description="a model folder or PEFT adapter that exists already: it is this task's expert of round 1"
     )
     system_prompt: str | None = Field(None, description="system turn of every example that has none")
     max_new_tokens: Count | None = Field(None, description="overrides evaluation.max_new_tokens for this task")
@@ -82,6 +89,12 @@ class Merge(_Section):
     )
     reference: Literal["pretrained", "start"] = Field(
         "pretrained", description="pretrained: v = θ − Θ⁰ (the paper); start: v = θ − Θʳ⁻¹ (ATM)"
+    )
+    outer_step_size: Positive | tuple[Positive, ...] = Field(
+        1.0, description="with reference: start, multiplies the merged update; one value, or one per round"
+    )
+    outer_momentum: float = Field(
+        0.0, ge=0, lt=1, description="with reference: start, how much of the round before's step is taken again"
     )
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the merged model's float tensors; as in the base when not given"
@@ -161,6 +174,9 @@ class Recipe(_Section):
     tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(min_length=1)
     protocol: Protocol = Protocol()
     operator: _operator_union() = Metis()  # type: ignore[valid-type]
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="other operator settings by tensor name pattern; the last that fits wins"
+    )
     merge: Merge = Merge()
     local_update: LocalUpdate = LocalUpdate()
     evaluation: Evaluation = Evaluation()
@@ -180,6 +196,11 @@ class Recipe(_Section):
         operator: Operator = self.operator
         return operator
 
+    @cached_property
+    def plan(self) -> OperatorPlan:
+        """The operator of every tensor."""
+        return make_plan(self.method, self.overrides)
+
     def rank_of(self, task: str) -> int:
         return self.tasks[task].rank or self.local_update.rank
 
@@ -187,10 +208,61 @@ class Recipe(_Section):
         return self.tasks[task].alpha or self.local_update.alpha
 
 
-def cross_problems(recipe: Recipe) -> list[tuple[str, str]]:
+# settings that decide the weights, of which one merge has one set
+WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks")
+
+
+def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> OperatorPlan:
+    """The operators that `overrides` make of the recipe's one: its settings with others in their place, or another
+    operator where `name` says so. Raises PydanticCustomError that names pattern and setting.
+    """
+    adapter: TypeAdapter[Operator] = TypeAdapter(_operator_union())
+    made = []
+    for pattern, settings in overrides.items():
+        name = settings.get("name", operator.name)
+        same = {} if name != operator.name else dataclasses.asdict(operator)
+        try:
+            made.append((pattern, adapter.validate_python(same | settings | {"name": name})))
+        except ValidationError as error:
+            details = error.errors(include_url=False)[0]
+            setting = next((part for part in reversed(details["loc"]) if part in settings), "name")
+            raise PydanticCustomError(
+                "override",
+                "{setting}: {message}, found {found}",
+                {"pattern": pattern, "setting": setting, "message": details["msg"], "found": repr(details["input"])},
+            ) from None
+    return OperatorPlan(operator, tuple(made))
+
+
+def override_problems(
+    operator: Operator, overrides: dict[str, dict[str, Any]], num_tasks: int, rounds: int
+) -> Problems:
+    """(key, message) for overrides that do not fit the operator, the tasks or the rounds."""
+    found: Problems = []
+    try:
+        plan = make_plan(operator, overrides)
+    except PydanticCustomError as error:
+        context = error.context or {}
+        return [(f"overrides.{context['pattern']}", error.message())]
+    for (pattern, settings), (_, made) in zip(overrides.items(), plan.overrides, strict=True):
+        key = f"overrides.{pattern}"
+        found += [(f"{key}.{name}", text) for name, text in made.problems(num_tasks, rounds)]
+        found += [
+            (f"{key}.{name}", "decides the weights, of which a merge has one set; set it under operator")
+            for name in WEIGHT_SETTINGS
+            if name in settings
+        ]
+        if made.uses_loss_gaps and not operator.uses_loss_gaps:
+            found.append((key, f"{made.name} takes its weights from loss gaps; make it the operator itself"))
+    return found
+
+
+def cross_problems(recipe: Recipe) -> Problems:
     """(key, message) for settings that are fine alone but not together."""
     num_tasks, rounds = len(recipe.tasks), recipe.protocol.rounds
     found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num_tasks, rounds)]
+    found += override_problems(recipe.method, recipe.overrides, num_tasks, rounds)
+    found += _merge_problems(recipe)
     if num_tasks == 1:
         found.append(("tasks", "only one task; merging needs at least two"))
     for name in recipe.tasks:
@@ -203,10 +275,43 @@ def cross_problems(recipe: Recipe) -> list[tuple[str, str]]:
         found.append(("tasks", "tasks differ in rank or alpha; that needs space: weights and adapter_start: fresh"))
     if update.method == "full" and shares_factors:
         found.append(("local_update.method", "full needs space: weights and adapter_start: fresh (it has no adapters)"))
-    if recipe.merge.space == "factors" and recipe.merge.reference == "start":
-        found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
     if recipe.merge.space == "factors" and update.adapter_start != "fresh":
         found.append(("local_update.adapter_start", "space: factors always goes on from the merged factors; use fresh"))
+    if any(spec.expert for spec in recipe.tasks.values()) and shares_factors:
+        found.append(("tasks", "an expert that exists already needs space: weights and adapter_start: fresh"))
     if recipe.evaluation.post_hoc and not recipe.evaluation.experts:
         found.append(("evaluation.post_hoc", "needs evaluation.experts: true, since it merges those experts"))
     return found
+
+
+def _merge_problems(recipe: Recipe) -> Problems:
+    """Settings of `merge` that exclude each other."""
+    merge, found = recipe.merge, Problems()
+    if merge.space == "factors" and merge.reference == "start":
+        found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
+    if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
+        found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
+    steps, rounds = merge.outer_step_size, recipe.protocol.rounds
+    if merge.reference == "pretrained" and (steps != 1 or merge.outer_momentum):
+        key = "merge.outer_step_size" if steps != 1 else "merge.outer_momentum"
+        found.append((key, "is part of the outer optimizer, which needs reference: start"))
+    if isinstance(steps, tuple) and len(steps) != rounds:
+        found.append(
+            ("merge.outer_step_size", f"has {len(steps)} values for {rounds} rounds; give one, or one per round")
+        )
+    return found
+
+
+def growth_warnings(recipe: Recipe) -> list[str]:
+    """Operators that sum, in rounds: every round multiplies what all task vectors share by β·T (METHOD, baselines)."""
+    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
+        return []
+    num_tasks = len(recipe.tasks)
+    operators = {"operator": recipe.method} | {f"overrides.{pattern}": made for pattern, made in recipe.plan.overrides}
+    return [
+        f"{key}.scaling: {made.name} sums {num_tasks} task vectors, each of which holds all that the rounds before "
+        f"changed, so every round multiplies that by scaling × tasks = {made.growth(num_tasks):.2g} > 1 and the model "
+        f"diverges; use a scaling of at most {1 / num_tasks:.3g}, or merge.reference: start"
+        for key, made in operators.items()
+        if made.growth(num_tasks) > 1 + 1e-9
+    ]

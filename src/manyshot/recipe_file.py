@@ -18,7 +18,7 @@ from manyshot.operators import OPERATORS
 from manyshot.recipe import Recipe, TaskSpec
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-PATH_KEYS = ("data", "train", "validation", "test")
+PATH_KEYS = ("data", "train", "validation", "test", "expert")
 
 Key = tuple[str | int, ...]
 

@@ -47,7 +47,7 @@ def run_rounds(run: Run) -> Json:
         experts = update_locally(run, start, round_index)
 
         # ---- loss gaps: who was erased most, and so gets most weight
-        gaps = weigh(run, folder, measured["losses"], experts)
+        gaps = weigh(run, folder, round_index, measured["losses"], summary["pretrained"]["losses"], experts)
 
         # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
         merged = merge(run, folder, round_index, start, experts, gaps["weights"])

@@ -33,6 +33,10 @@ def starter_recipe() -> str:
     """The text of a recipe that validates as it is."""
     parts = [HEAD, "# further keys of a task:", *_comment(_keys(TaskSpec, skip=("data", "metric")), "  # ")]
     parts += ["", "protocol:", *_lines(Protocol), "", "operator:", *_operator_lines(Metis())]
+    parts += [
+        "",
+        "overrides: {}".ljust(44) + "# by tensor name: {'*.mlp.*': {scaling: 0.5}}; the last pattern that fits wins",
+    ]
     for name, section in (("merge", Merge), ("local_update", LocalUpdate), ("evaluation", Evaluation)):
         parts += ["", f"{name}:", *_lines(section)]
     return "\n".join([*parts, "", "seed: 0", ""])
@@ -58,7 +62,10 @@ def _keys(section: type[BaseModel], skip: tuple[str, ...] = ()) -> list[str]:
 
 def _operator_lines(operator: Metis) -> list[str]:
     notes = {
-        "temperature": "λ: small lets the task with the largest loss gap take all weight",
+        "temperature": "λ: small lets the task with the largest loss gap take all weight; auto: see effective_tasks",
+        "gap": "relative: a gap counts as a share of what the task's expert gained on the pretrained model",
+        "effective_tasks": "with temperature: auto, exp(H(α)) to aim at; 3/4 of the tasks when not given",
+        "mask": "false merges the weighted sum as it is",
         "mask_threshold": "δ: how strongly a task must stand against the rest",
         "min_agreement": "k: tasks that must agree on a coordinate",
         "scaling": "β: multiplies the merged task vector; one value, or one per round",

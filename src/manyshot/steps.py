@@ -16,8 +16,9 @@ from manyshot.evaluate import MeasureJob, multi_task_loss, run_measure
 from manyshot.executors import Executor
 from manyshot.export import export_model
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
-from manyshot.loss_gap import effective_tasks, gap_weights, loss_gaps, uniform_weights
-from manyshot.merge import merge_factors, merge_weights
+from manyshot.loss_gap import choose_weights, effective_tasks, loss_gaps
+from manyshot.match import open_experts
+from manyshot.merge import Outer, merge_factors, merge_weights
 from manyshot.models import ModelState
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
@@ -134,7 +135,10 @@ def _train(
             num_steps=num_steps,
             steps_before=steps_before,
             total_steps=recipe.protocol.local_steps,
-            key=content_key(inputs, task.digest(), task.spec.model_dump(mode="json")),
+            key=content_key(
+                inputs, task.digest(), task.spec.model_dump(mode="json"), _adopted_digest(task, round_index)
+            ),
+            adopted=_adopted(task, round_index),
         )
         for task, folder in zip(run.tasks, folders, strict=True)
     ]
@@ -145,6 +149,17 @@ def _train(
         Expert(job.task.name, expert_state(start, job.folder), record)
         for job, record in zip(jobs, records, strict=True)
     ]
+
+
+def _adopted(task: Task, round_index: int) -> Path | None:
+    """The task's expert of round 1, where the recipe names one that exists already."""
+    return Path(task.spec.expert) if task.spec.expert and round_index == 1 else None
+
+
+def _adopted_digest(task: Task, round_index: int) -> list[str]:
+    expert = _adopted(task, round_index)
+    files = sorted(file for file in expert.iterdir() if file.suffix in (".safetensors", ".json")) if expert else []
+    return [file_digest(file) for file in files]
 
 
 def _start_digest(start: ModelState) -> list[str]:
@@ -167,20 +182,22 @@ def _reuse_expert(job: LocalUpdateJob, expert: Path) -> None:
 # ---- loss gaps and weights -------------------------------------------------------------------------------------------
 
 
-def weigh(run: Run, folder: Path, start_losses: Json, experts: Sequence[Expert]) -> Json:
+def weigh(
+    run: Run, folder: Path, round_index: int, start_losses: Json, pretrained_losses: Json, experts: Sequence[Expert]
+) -> Json:
     """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json."""
-    before = [start_losses[expert.task]["loss"] for expert in experts]
-    gaps = loss_gaps(before, [expert.loss for expert in experts])
-    operator = run.recipe.method
-    temperature = getattr(operator, "temperature", None)
-    weights = (
-        gap_weights(gaps, temperature) if operator.uses_loss_gaps and temperature else uniform_weights(len(experts))
+    before, pretrained = (
+        [losses[expert.task]["loss"] for expert in experts] for losses in (start_losses, pretrained_losses)
     )
+    after = [expert.loss for expert in experts]
+    gaps = loss_gaps(before, after)
+    weights, details = choose_weights(run.recipe.method.at_round(max(1, round_index)), gaps, pretrained, after)
     record = {
         "expert_losses": {expert.task: expert.record["validation"] for expert in experts},
         "loss_gaps": dict(zip(run.names, gaps, strict=True)),
         "weights": dict(zip(run.names, weights, strict=True)),
         "effective_tasks": effective_tasks(weights),
+        **details,
     }
     write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
     return record
@@ -214,7 +231,7 @@ def merge_task_vectors(
 ) -> Json:
     """Write task_vector.safetensors, then merge.json; returns what merge.json says."""
     record_path, output = folder / "merge.json", folder / "task_vector.safetensors"
-    operator = run.recipe.method.at_round(max(1, round_index))
+    operator = run.recipe.plan.at_round(max(1, round_index))
     in_order = [weights[expert.task] for expert in experts]
     # post-hoc (0) draws what the only round of a run with one round draws
     seed_parts = (run.recipe.seed, "operator", max(1, round_index))
@@ -233,11 +250,12 @@ def merge_task_vectors(
                     pretrained,
                     stored,
                     run.names,
-                    [_update(expert) for expert in experts],
+                    [_update(expert, pretrained) for expert in experts],
                     operator,
                     in_order,
                     output,
                     reference=run.recipe.merge.reference,
+                    outer=_outer(run, round_index),
                     seed_parts=seed_parts,
                 )
             write_json(record_path, report.to_json() | {"digest": file_digest(output), "weights": weights})
@@ -246,13 +264,25 @@ def merge_task_vectors(
     return record
 
 
+def _outer(run: Run, round_index: int) -> Outer:
+    """The outer optimizer of a round; its momentum needs the task vector of two rounds ago, Θʳ⁻² − Θ⁰."""
+    step_size = run.recipe.merge.outer_step_size
+    if isinstance(step_size, tuple):
+        step_size = step_size[max(1, round_index) - 1]
+    before = run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None
+    momentum = run.recipe.merge.outer_momentum
+    return Outer(step_size, momentum, StoredTaskVector(before) if before and momentum else None)
+
+
 def _adapter(expert: Expert) -> Path:
     assert expert.state.adapter is not None  # the recipe allows space: factors for LoRA only
     return expert.state.adapter
 
 
-def _update(expert: Expert) -> Update:
+def _update(expert: Expert, pretrained: Checkpoint) -> Update:
     """What an expert adds to the model its round started from."""
+    if "expert" in expert.record:
+        return open_experts(pretrained, {expert.task: Path(expert.record["expert"])})[0]
     if expert.state.full is not None:
         return ModelUpdate(expert.state.full)
     return AdapterUpdate(_adapter(expert), expert.state.start_adapter)
@@ -277,7 +307,7 @@ def merge_post_hoc(run: Run, pretrained_losses: Json) -> Json:
     """The same operator, once, over the experts: what many-shot is compared with, at equal steps and examples."""
     experts = _train(run, run.pretrained, 1, run.recipe.protocol.local_steps, 0, _expert_folders(run))
     folder = run.folder.post_hoc
-    gaps = weigh(run, folder, pretrained_losses, experts)
+    gaps = weigh(run, folder, 0, pretrained_losses, pretrained_losses, experts)
     record = merge_task_vectors(run, folder, 0, run.pretrained, experts, gaps["weights"])
     state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
     return measure(run, state, folder, 0) | gaps | {"kept_share": record["kept_share"]}

@@ -117,7 +117,7 @@ def uniform(key: int, offset: int, count: int, device: torch.device | str = "cpu
 
 def draw_limit(density: float) -> int:
     """The number that a 32-bit draw stays below with this probability."""
-    return round(density * 2**KEY_BITS)
+    return round(density * (1 << KEY_BITS))
 
 
 def drop(
