@@ -7,7 +7,7 @@ user's cache, under a name made from its content; the folder's own content is ch
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +33,13 @@ class BaseModel:
 
 def find_base_model(spec: str, *, trust_remote_code: bool = False) -> BaseModel:
     """Resolve the recipe's `model`. Raises ModelError for what is not there, incomplete, or unreachable."""
+    found = find_base_folder(spec, trust_remote_code=trust_remote_code)
+    Checkpoint(found.path)  # refuses missing shards and unreadable files, by name
+    return found if found.digest else replace(found, digest=content_key(_digests(found.path)))
+
+
+def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config: bool = True) -> BaseModel:
+    """The folder of a model, without reading its weights; its digest only where that costs nothing more."""
     if spec.startswith("demo:"):
         if spec != DEMO_MODEL:
             raise ModelError(f"model: unknown demo model '{spec}'; there is {DEMO_MODEL}")
@@ -47,10 +54,9 @@ def find_base_model(spec: str, *, trust_remote_code: bool = False) -> BaseModel:
         raise ModelError(f"model: {spec} is a file; give a model folder, a .gguf file or a Hub id")
     else:
         folder, name = _download(spec, trust_remote_code=trust_remote_code), spec
-    if not (folder / "config.json").is_file():
+    if need_config and not (folder / "config.json").is_file():
         raise ModelError(f"model: {folder} has no config.json")
-    Checkpoint(folder)  # refuses missing shards and unreadable files, by name
-    return BaseModel(name, folder, content_key(_digests(folder)))
+    return BaseModel(name, folder, "")
 
 
 def _download(spec: str, *, trust_remote_code: bool) -> Path:

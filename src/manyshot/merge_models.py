@@ -65,10 +65,12 @@ def merge_models(
     *,
     record: Mapping[str, object] | None = None,
     tick: Callable[[int, int], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Write the merged model folder `output`, complete or not at all, with what was done in merge.json.
 
-    The sum is float32 and cast once to the base's types (or `settings.dtype`). `tick(done, total)` counts entries.
+    The sum is float32 and cast once to the base's types (or `settings.dtype`). `tick(done, total)` counts entries; `finish` may add files
+    before the folder gets its name.
     """
     check_output(output, [base, *experts.values()], force=settings.force)
     pretrained = Checkpoint(base)
@@ -85,11 +87,13 @@ def merge_models(
     progress = _Count(sum(info.num_elements for info in infos.values()), tick)
     pool = TilePool(settings.threads, progress.add)
 
-    def finish(folder: Path) -> None:
+    def finish_folder(folder: Path) -> None:
         done = report.to_json() | {"tied": tied, "copied": copied, "weights": dict(zip(experts, weights, strict=True))}
         write_json(folder / RECORD_NAME, dict(record or {}) | done)
+        if finish is not None:
+            finish(folder)
 
-    with open_model_folder(base, output, infos, settings.dtype, settings.shard_bytes, finish) as writer:
+    with open_model_folder(base, output, infos, settings.dtype, settings.shard_bytes, finish_folder) as writer:
         sink = _ModelSink(writer, infos, settings.allow_nonfinite)
         parts = (settings.seed, "operator", 1)
         report = MergeStream(reader, plan, weights, parts, sink, pool, device=settings.device, pairs=False).run()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -24,11 +24,11 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TaskSpec(_Section):
+class TaskSpec(Section):
     """One task: where its examples are, how they are read, and what is measured on them."""
 
     data: str | None = Field(None, description="Hub id, folder, json/jsonl/csv/parquet file, or demo:<family>")
@@ -56,7 +56,7 @@ class TaskSpec(_Section):
         return self
 
 
-class Protocol(_Section):
+class Protocol(Section):
     """How often to merge. rounds: 1 is post-hoc merging."""
 
     rounds: Count = Field(5, description="merging rounds R")
@@ -81,7 +81,7 @@ class Protocol(_Section):
         return sum(self.steps_in_round(earlier) for earlier in range(1, round_index))
 
 
-class Merge(_Section):
+class Merge(Section):
     """Where and against what task vectors are merged."""
 
     space: Literal["weights", "factors"] = Field(
@@ -101,7 +101,7 @@ class Merge(_Section):
     )
 
 
-class LocalUpdate(_Section):
+class LocalUpdate(Section):
     """How one task fine-tunes from the round's start model."""
 
     method: Literal["lora", "full"] = "lora"
@@ -143,7 +143,7 @@ class LocalUpdate(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """What is measured, and on how much."""
 
     experts: bool = Field(True, description="train each task alone with the same total steps, for normalized scores")
@@ -166,14 +166,18 @@ def _operator_union() -> Any:
     return Annotated[union, Field(discriminator="name"), BeforeValidator(_operator_from_name)]
 
 
-class Recipe(_Section):
+# any operator of the table, by its name alone or with settings
+OperatorChoice: TypeAlias = _operator_union()  # type: ignore[valid-type]
+
+
+class Recipe(Section):
     """Everything a run depends on."""
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings along")
     tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(min_length=1)
     protocol: Protocol = Protocol()
-    operator: _operator_union() = Metis()  # type: ignore[valid-type]
+    operator: OperatorChoice = Metis()
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="other operator settings by tensor name pattern; the last that fits wins"
     )
@@ -216,7 +220,7 @@ def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> Opera
     """The operators that `overrides` make of the recipe's one: its settings with others in their place, or another
     operator where `name` says so. Raises PydanticCustomError that names pattern and setting.
     """
-    adapter: TypeAdapter[Operator] = TypeAdapter(_operator_union())
+    adapter: TypeAdapter[Operator] = TypeAdapter(OperatorChoice)
     made = []
     for pattern, settings in overrides.items():
         name = settings.get("name", operator.name)

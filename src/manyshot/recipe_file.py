@@ -8,19 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from manyshot.errors import RecipeError, suggestion
+from manyshot.merge_recipe import ExpertSpec, MergeRecipe
+from manyshot.mergekit_yaml import from_mergekit, is_mergekit
 from manyshot.operators import OPERATORS
 from manyshot.recipe import Recipe, TaskSpec
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-PATH_KEYS = ("data", "train", "validation", "test", "expert")
+# sections that hold one entry per name: their entries' declaration, and which of their keys are paths
+NAMED: dict[str, tuple[type[BaseModel], tuple[str, ...]]] = {
+    "tasks": (TaskSpec, ("data", "train", "validation", "test", "expert")),
+    "experts": (ExpertSpec, ("path", "validation")),
+}
 
 Key = tuple[str | int, ...]
+AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe)
 
 
 @dataclass
@@ -45,6 +52,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with one line per problem: file and line, key, what was found, what is allowed.
     """
+    raw, source, problems = _read(path)
+    return _build(Recipe, raw, source, overrides, problems, path.resolve().parent)
+
+
+def load_merge_recipe(path: Path, overrides: Sequence[str] = ()) -> MergeRecipe:
+    """Read a merge recipe, ours or mergekit's; as load_recipe()."""
+    raw, source, problems = _read(path)
+    if is_mergekit(raw):
+        raw = from_mergekit(raw, str(path))
+    return _build(MergeRecipe, raw, source, overrides, problems, path.resolve().parent)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], _Source, list[str]]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -59,24 +79,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; found {type(raw).__name__}")
-    return _build(raw, source, overrides, problems, path.resolve().parent)
+    return raw, source, problems
 
 
 def recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from Python data; relative paths are seen from the current folder."""
-    return _build(copy.deepcopy(dict(raw)), _Source("recipe"), overrides, [], Path.cwd())
+    return _build(Recipe, copy.deepcopy(dict(raw)), _Source("recipe"), overrides, [], Path.cwd())
 
 
-def _build(raw: dict[str, Any], source: _Source, overrides: Sequence[str], problems: list[str], folder: Path) -> Recipe:
+def merge_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> MergeRecipe:
+    """A merge recipe from Python data or from flags; relative paths are seen from the current folder."""
+    return _build(MergeRecipe, copy.deepcopy(dict(raw)), _Source("merge"), overrides, [], Path.cwd())
+
+
+def _build(
+    kind: type[AnyRecipe],
+    raw: dict[str, Any],
+    source: _Source,
+    overrides: Sequence[str],
+    problems: list[str],
+    folder: Path,
+) -> AnyRecipe:
     for override in overrides:
         _apply_override(raw, override, source)
     problems += _resolve_paths(raw, source, folder)
+    recipe: AnyRecipe | None = None
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = kind.model_validate(raw)
     except ValidationError as error:
-        problems += [line for details in error.errors(include_url=False) for line in _explain(details, raw, source)]
-        problems += _cross_problems_of_broken(raw, source, error)
-        recipe = None
+        details = error.errors(include_url=False)
+        problems += [line for one in details for line in _explain(one, raw, source, kind)]
+        if kind is Recipe:
+            problems += _cross_problems_of_broken(raw, source, error)
     if problems or recipe is None:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return recipe
@@ -159,15 +193,17 @@ def _resolve_paths(raw: dict[str, Any], source: _Source, folder: Path) -> list[s
 
 
 def _path_holders(raw: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
-    if "model" in raw:
-        yield ("model",), raw
-    tasks = raw.get("tasks")
-    if not isinstance(tasks, dict):
-        return
-    raw["tasks"] = own_tasks = {name: dict(spec) if isinstance(spec, dict) else spec for name, spec in tasks.items()}
-    for name, spec in own_tasks.items():
-        if isinstance(spec, dict):
-            yield from ((("tasks", name, key), spec) for key in PATH_KEYS if key in spec)
+    for key in ("model", "base"):
+        if key in raw:
+            yield (key,), raw
+    for section, (_, path_keys) in NAMED.items():
+        entries = raw.get(section)
+        if not isinstance(entries, dict):
+            continue
+        raw[section] = own = {name: dict(spec) if isinstance(spec, dict) else spec for name, spec in entries.items()}
+        for name, spec in own.items():
+            if isinstance(spec, dict):
+                yield from (((section, name, key), spec) for key in path_keys if key in spec)
 
 
 def _looks_local(value: str) -> bool:
@@ -179,7 +215,7 @@ def _looks_local(value: str) -> bool:
     )
 
 
-def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source) -> list[str]:
+def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source, root: type[BaseModel]) -> list[str]:
     """One pydantic error as lines of `place: key: message`."""
     if details["type"] == "cross":
         found_problems = [(tuple(key.split(".")), text) for key, text in details["ctx"]["problems"]]
@@ -188,12 +224,12 @@ def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source) -
     kind, message = details["type"], details["msg"]
     found = f", found {details['input']!r}" if isinstance(details["input"], str | int | float | bool) else ""
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw))}", ""
+        message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw, root))}", ""
     elif kind == "union_tag_invalid":
         message, found = f"unknown operator '{details['ctx']['tag']}'{suggestion(details['ctx']['tag'], OPERATORS)}", ""
     elif kind == "union_tag_not_found":
         message = f"needs 'name'; there are: {', '.join(sorted(OPERATORS))}"
-    elif kind == "string_pattern_mismatch" and key[:1] == ("tasks",):
+    elif kind == "string_pattern_mismatch" and key[:1] and key[0] in NAMED:
         message, found = "a task name starts with a letter or digit and holds only letters, digits, '_', '-', '.'", ""
     elif kind in ("starved", "micro_batch", "task_data"):
         found = ""
@@ -214,14 +250,14 @@ def _real_key(location: Sequence[str | int], raw: object) -> Key:
     return tuple(key)
 
 
-def _allowed(section: Key, raw: dict[str, Any]) -> list[str]:
+def _allowed(section: Key, raw: dict[str, Any], root: type[BaseModel]) -> list[str]:
     """The keys that a section of the recipe may have."""
     if section == ("operator",):
         name = raw["operator"].get("name")
         return [field.name for field in dataclasses.fields(OPERATORS[name])]
-    if len(section) == 2 and section[0] == "tasks":
-        return list(TaskSpec.model_fields)
-    model: type[BaseModel] = Recipe
+    if len(section) == 2 and section[0] in NAMED:
+        return list(NAMED[str(section[0])][0].model_fields)
+    model = root
     for part in section:
         annotation = model.model_fields[str(part)].annotation
         options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
@@ -270,7 +306,7 @@ def _leave_out(raw: dict[str, Any], key: Key) -> None:
         node.pop(part, None)
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Recipe | MergeRecipe) -> str:
     """The resolved recipe, every default written out."""
     text: str = yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
@@ -278,4 +314,4 @@ def to_yaml(recipe: Recipe) -> str:
     return text
 
 
-__all__ = ["load_recipe", "recipe_from_mapping", "to_yaml"]
+__all__ = ["load_merge_recipe", "load_recipe", "merge_recipe_from_mapping", "recipe_from_mapping", "to_yaml"]

@@ -104,7 +104,7 @@ def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
 
 
 @contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
+def disk_errors(output: Path, *, resumable: bool = True) -> Iterator[None]:
     """A read or write that fails (disk full, no permission, folder gone) as an error that names the file."""
     try:
         yield
@@ -113,6 +113,8 @@ def disk_errors(output: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         file = getattr(error, "filename", None) or output
         reason = getattr(error, "strerror", None) or error
+        if not resumable:
+            raise RunFolderError(f"{file}: {reason}; nothing was left under {output}") from error
         raise RunFolderError(
             f"{file}: {reason}. Every step that was finished stays in {output}; once this is put right, --resume goes "
             "on from there"

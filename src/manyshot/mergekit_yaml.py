@@ -1,0 +1,138 @@
+"""mergekit's YAML (0.1.5) for the operators that both have; what cannot be taken exactly is refused by key.
+
+Arithmetic is float32 here whatever its `dtype` says; the merged model gets `out_dtype`, or else `dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manyshot.errors import RecipeError
+
+METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "name")
+PARAMETERS = ("weight", "density", "normalize", "lambda", "rescale", "int8_mask")
+# mergekit's own defaults where they differ by method
+NORMALIZES = {"linear": True, "ties": True}
+
+
+def is_mergekit(raw: Mapping[str, Any]) -> bool:
+    """Whether a YAML file is mergekit's."""
+    return "merge_method" in raw
+
+
+def from_mergekit(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The merge recipe (as raw values) that does what a mergekit file says. Raises RecipeError naming the key."""
+    method = raw["merge_method"]
+    if method not in METHODS:
+        raise RecipeError(f"{file}: merge_method: '{method}' cannot be taken; there are: {', '.join(METHODS)}")
+    for key in raw:
+        if key not in TOP_KEYS:
+            raise RecipeError(f"{file}: {key}: cannot be taken; of a mergekit file these can: {', '.join(TOP_KEYS)}")
+    models = raw.get("models")
+    if not isinstance(models, list) or not all(isinstance(one, dict) and one.get("model") for one in models):
+        raise RecipeError(f"{file}: models: needs a list of entries with 'model'")
+    shared = _parameters(raw.get("parameters"), f"{file}: parameters")
+    base = str(raw.get("base_model") or models[0]["model"])
+    if method != "linear" and "base_model" not in raw:
+        raise RecipeError(f"{file}: base_model: is missing; {method} needs it")
+    own = [
+        (
+            _adapter(str(one["model"]), base, file),
+            shared | _parameters(one.get("parameters"), f"{file}: {one['model']}"),
+        )
+        for one in models
+        # the base has no task vector; listing it is allowed there and means nothing
+        if method == "linear" or str(one["model"]) != base
+    ]
+    return {
+        "base": base,
+        "experts": _experts(own, str(method), shared, file),
+        "operator": _operator(str(method), [parameters for _, parameters in own], shared, file),
+        **({"dtype": raw.get("out_dtype") or raw["dtype"]} if raw.get("out_dtype") or raw.get("dtype") else {}),
+    }
+
+
+def _parameters(found: object, where: str) -> dict[str, Any]:
+    """Parameters as plain numbers; gradients and filters are refused."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise RecipeError(f"{where}: parameters are a mapping, found {type(found).__name__}")
+    for key, value in found.items():
+        if key not in PARAMETERS:
+            raise RecipeError(f"{where}.{key}: cannot be taken; there are: {', '.join(PARAMETERS)}")
+        if not isinstance(value, int | float | bool):
+            raise RecipeError(
+                f"{where}.{key}: a gradient or filter cannot be taken; use one number, and 'overrides' here"
+            )
+    return dict(found)
+
+
+def _adapter(model: str, base: str, file: str) -> str:
+    """mergekit writes an adapter as base+adapter."""
+    name, plus, adapter = model.partition("+")
+    if not plus or Path(model).exists():
+        return model
+    if name != base:
+        raise RecipeError(f"{file}: models: '{model}' is an adapter on another model than base_model '{base}'")
+    return adapter
+
+
+def _experts(
+    own: list[tuple[str, dict[str, Any]]], method: str, shared: Mapping[str, Any], file: str
+) -> dict[str, dict[str, Any]]:
+    """Names made from the models' paths, and their weights, divided by their sum where mergekit divides."""
+    if any("weight" not in parameters for _, parameters in own):
+        raise RecipeError(f"{file}: parameters.weight: is missing; mergekit wants one for every model")
+    weights = [float(parameters["weight"]) for _, parameters in own]
+    normalize = bool(shared.get("normalize", NORMALIZES.get(method, False)))
+    if method == "linear" and not normalize and abs(sum(weights) - 1) > 1e-6:
+        raise RecipeError(f"{file}: parameters.normalize: false with weights that do not sum to 1 is no mean of models")
+    if method in ("ties", "dare_ties") and not normalize:
+        raise RecipeError(
+            f"{file}: parameters.normalize: {method} divides by the agreeing weights here; set it to true"
+        )
+    if method in ("task_arithmetic", "dare_linear") and normalize:
+        if sum(weights) == 0:
+            raise RecipeError(f"{file}: parameters.weight: the weights sum to 0, and normalize divides by that")
+        weights = [weight / sum(weights) for weight in weights]
+    names = expert_names([path for path, _ in own])
+    return {name: {"path": path, "weight": weight} for name, (path, _), weight in zip(names, own, weights, strict=True)}
+
+
+def _operator(method: str, own: list[dict[str, Any]], shared: Mapping[str, Any], file: str) -> dict[str, Any]:
+    if method == "linear":
+        return {"name": "mean"}
+    scaling = {"scaling": shared.get("lambda", 1.0)}
+    if method == "task_arithmetic":
+        return {"name": "task_arithmetic"} | scaling
+    densities = {parameters.get("density", 1.0) for parameters in own}
+    if len(densities) > 1:
+        raise RecipeError(
+            f"{file}: parameters.density: unlike densities {sorted(densities)}; here all models share one"
+        )
+    density = {"density": densities.pop()}
+    if method == "ties":
+        return {"name": "ties"} | density | scaling
+    rescale = bool(shared.get("rescale", True))
+    then = "ties" if method == "dare_ties" else "task_arithmetic"
+    return {"name": "dare", "then": then, "rescale": rescale} | density | scaling
+
+
+def expert_names(paths: list[str]) -> list[str]:
+    """Short unlike names for models: the last part of each path, with as many parts before it as tell them apart."""
+    parts = [[part for part in Path(path).parts if part not in ("/", ".", "..")] or ["model"] for path in paths]
+    longest = max(len(one) for one in parts)
+    for length in range(1, longest + 1):
+        names = ["-".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = [f"{name}-{i + 1}" for i, name in enumerate(names)]
+    cleaned = [
+        "".join(char if char.isascii() and (char.isalnum() or char in "_.-") else "-" for char in n) for n in names
+    ]
+    return [name if name[0].isalnum() else f"m{name}" for name in cleaned]
