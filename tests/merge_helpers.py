@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from manyshot import kernels
 from manyshot.rundir import write_json
 from manyshot.seeding import make_generator
-from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME
+from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, Scratch, TileSource
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint
 
@@ -63,3 +64,23 @@ def dense(adapter: Path, name: str, *, scaling: float = 2.0) -> torch.Tensor:
     """s·B·A, from the factors as they are stored."""
     weights = Checkpoint(adapter / ADAPTER_WEIGHTS_NAME)
     return scaling * (weights.read(f"{name}.B") @ weights.read(f"{name}.A"))
+
+
+class Dense:
+    """An update that holds its tensors: what a test computes by hand. The compiled kernels cannot read it."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self.tensors = {name.replace("_", "."): tensor for name, tensor in tensors.items()}
+        self.names = tuple(sorted(self.tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def is_dense(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str, start: int, before_P: torch.Tensor | None, out_P: torch.Tensor, scratch: Scratch) -> bool:
+        return kernels.widen(self.tensors[name].reshape(-1)[start : start + len(out_P)].contiguous(), out_P)
+
+    def source(self, name: str) -> TileSource | None:
+        return None

@@ -12,7 +12,7 @@ from manyshot import base_model
 from manyshot.base_model import DEMO_MODEL, MANIFEST, cache_folder, find_base_model, gguf_folder
 from manyshot.errors import MissingExtraError, ModelError
 from manyshot.rundir import write_json
-from manyshot.tensors import write_tensors
+from manyshot.tensor_writer import write_tensors
 from merge_helpers import make_base
 
 
@@ -47,6 +47,17 @@ def test_find_base_model_takes_a_folder_and_digests_weights_and_side_files(tmp_p
     with_tokenizer = find_base_model(str(tmp_path / "two")).digest
     make_base(tmp_path / "three", {"a.weight": torch.zeros(6, 4)})
     assert len({one.digest, with_tokenizer, find_base_model(str(tmp_path / "three")).digest}) == 3
+
+
+def test_find_base_model_digest_follows_content_not_place_nor_time(tmp_path: Path) -> None:
+    make_base(tmp_path / "one")
+    first = find_base_model(str(tmp_path / "one")).digest
+    blob = (tmp_path / "one" / "model.safetensors").read_bytes()
+    (tmp_path / "one" / "model.safetensors").write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    assert find_base_model(str(tmp_path / "one")).digest != first  # one bit of one weight
+    (tmp_path / "one").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "model.safetensors").write_bytes(blob)
+    assert find_base_model(str(tmp_path / "moved")).digest == first
 
 
 def test_find_base_model_refuses_a_folder_without_config_or_weights_and_a_file(tmp_path: Path) -> None:

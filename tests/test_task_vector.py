@@ -1,4 +1,4 @@
-"""Updates: s·B·A row by row, exact, for fresh and carried adapters, transposed layers and whole models."""
+"""Updates: s·B·A entry by entry, exact, for fresh and carried adapters, transposed layers and whole models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,29 @@ from manyshot.task_vector import (
     AdapterFactors,
     AdapterUpdate,
     ModelUpdate,
+    Scratch,
     StoredTaskVector,
+    Update,
+    read_dense,
 )
-from manyshot.tensors import write_tensors
+from manyshot.tensor_writer import write_tensors
+from manyshot.tensors import Checkpoint
 from merge_helpers import SHAPES, dense, draw, make_adapter, make_base
+
+
+def entries(update: Update, name: str, start: int, stop: int, before: torch.Tensor | None = None) -> torch.Tensor:
+    """Entries start..stop of an update, read on their own."""
+    out_P = torch.full((stop - start,), torch.nan)
+    assert not update.read(name, start, None if before is None else before.reshape(-1)[start:stop], out_P, Scratch())
+    return out_P
+
+
+def assert_reads_like_the_whole(update: Update, name: str, before: torch.Tensor | None = None) -> None:
+    """Every cut gives the bits of the whole tensor."""
+    whole = read_dense(update, name, before).reshape(-1)
+    for width in (1, 3, 5, len(whole)):
+        parts = [entries(update, name, i, min(i + width, len(whole)), before) for i in range(0, len(whole), width)]
+        assert torch.equal(torch.cat(parts), whole), width
 
 
 def test_adapter_rows_by_hand(tmp_path: Path) -> None:
@@ -44,44 +63,77 @@ def test_adapter_update_is_the_dense_product(tmp_path: Path) -> None:
     for name in update.names:
         assert update.shape(name) == SHAPES[name]
         expected = dense(adapter, name, scaling=1.5)
-        torch.testing.assert_close(update.rows(name, 0, SHAPES[name][0]), expected, rtol=0, atol=1e-6)
-        rows = torch.cat([update.rows(name, i, i + 1) for i in range(SHAPES[name][0])])
-        torch.testing.assert_close(rows, expected, rtol=0, atol=1e-6)
+        assert not update.is_dense(name)
+        torch.testing.assert_close(read_dense(update, name), expected, rtol=0, atol=1e-6)
+        assert_reads_like_the_whole(update, name)
 
 
 def test_adapter_update_takes_the_start_factors_off(tmp_path: Path) -> None:
     start, end = make_adapter(tmp_path / "s", "s"), make_adapter(tmp_path / "e", "e")
     update = AdapterUpdate(end, start)
     expected = dense(end, "a.weight") - dense(start, "a.weight")
-    torch.testing.assert_close(update.rows("a.weight", 1, 5), expected[1:5], rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_dense(update, "a.weight"), expected, rtol=0, atol=1e-6)
+    assert_reads_like_the_whole(update, "a.weight")
     unchanged = AdapterUpdate(end, end)
-    assert not unchanged.rows("a.weight", 0, 6).any()
+    assert not read_dense(unchanged, "a.weight").any()
 
 
 def test_adapter_update_is_float32_for_factors_in_bfloat16(tmp_path: Path) -> None:
     a, b = draw("a", shape=(2, 4)).bfloat16(), draw("b", shape=(6, 2)).bfloat16()
     write_tensors(tmp_path / ADAPTER_WEIGHTS_NAME, {"A": a, "B": b})
     write_json(tmp_path / FACTORS_NAME, {"x": {"lora_a": "A", "lora_b": "B", "scaling": 1.0, "transposed": False}})
-    rows = AdapterUpdate(tmp_path).rows("x", 0, 6)
-    assert rows.dtype == torch.float32
-    torch.testing.assert_close(rows, b.float() @ a.float(), rtol=0, atol=1e-6)
+    product = read_dense(AdapterUpdate(tmp_path), "x")
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product, b.float() @ a.float(), rtol=0, atol=1e-6)
 
 
 def test_model_update_is_the_models_difference(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     trained = {name: base.read(name) + draw("full", name, shape=shape) for name, shape in SHAPES.items()}
     write_tensors(tmp_path / "full" / "model.safetensors", trained)
-    start = {"a.weight": draw("start", shape=SHAPES["a.weight"])}
-    write_tensors(tmp_path / "start.safetensors", start)
-    fresh = ModelUpdate(tmp_path / "full", base, None)
-    later = ModelUpdate(tmp_path / "full", base, StoredTaskVector(tmp_path / "start.safetensors"))
-    assert fresh.names == tuple(sorted(SHAPES))
+    update = ModelUpdate(tmp_path / "full")
+    assert update.names == tuple(sorted(SHAPES))
     for name in SHAPES:
-        expected = trained[name] - base.read(name)
-        assert torch.equal(fresh.rows(name, 0, SHAPES[name][0]), expected)
-        less_start = (expected - start.get(name, torch.tensor(0.0)))[1:3]
-        for _ in range(2):  # reading must not change what is read
-            torch.testing.assert_close(later.rows(name, 1, 3), less_start, rtol=0, atol=1e-6)
+        assert update.is_dense(name)
+        for before in (base.read(name), base.read(name) + draw("start", name, shape=SHAPES[name])):
+            for _ in range(2):  # reading must not change what is read
+                assert torch.equal(read_dense(update, name, before), trained[name] - before)
+            assert_reads_like_the_whole(update, name, before)
+        assert torch.equal(read_dense(update, name), trained[name])  # Θ⁰ counts as zero where none is given
+
+
+def test_model_update_subtracts_in_float32_from_every_stored_type(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        stored = {"w": draw(str(dtype), shape=(4, 3)).to(dtype)}
+        write_tensors(tmp_path / str(dtype) / "model.safetensors", stored)
+        before = draw("before", shape=(4, 3))
+        assert torch.equal(read_dense(ModelUpdate(tmp_path / str(dtype)), "w", before), stored["w"].float() - before)
+
+
+def test_model_update_reads_a_tensor_stored_under_another_name(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    update = ModelUpdate(base, {"tied.weight": "a.weight", "norm.weight": "norm.weight"})
+    assert update.names == ("norm.weight", "tied.weight")
+    assert update.shape("tied.weight") == (6, 4)
+    assert torch.equal(read_dense(update, "tied.weight"), base.read("a.weight"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_updates_say_where_they_hold_nan_or_inf(bad: float, tmp_path: Path) -> None:
+    tensor = draw("t", shape=(6, 4))
+    tensor[3, 2] = bad
+    write_tensors(tmp_path / "full" / "model.safetensors", {"w": tensor})
+    update, out_P = ModelUpdate(tmp_path / "full"), torch.empty(4)
+    found = [update.read("w", start, torch.zeros(4), out_P, Scratch()) for start in (0, 8, 12, 16, 20)]
+    assert found == [False, False, True, False, False]
+    adapter = make_adapter(tmp_path / "t", "t", names=("a.weight",))
+    factors = Checkpoint(adapter / ADAPTER_WEIGHTS_NAME)
+    factor = factors.read("a.weight.A").clone()
+    factor[1, 2] = bad
+    write_tensors(
+        adapter / ADAPTER_WEIGHTS_NAME, {"a.weight.A": factor, "a.weight.B": factors.read("a.weight.B").clone()}
+    )
+    assert AdapterUpdate(adapter).read("a.weight", 0, None, out_P, Scratch())
 
 
 def test_stored_task_vector_has_only_what_changed(tmp_path: Path) -> None:
@@ -89,7 +141,9 @@ def test_stored_task_vector_has_only_what_changed(tmp_path: Path) -> None:
     stored = StoredTaskVector(tmp_path / "v.safetensors")
     assert stored.names == ("a.weight",)
     assert "b.weight" not in stored
-    assert stored.rows("a.weight", 2, 4).sum() == 8
+    stored.read_entries("a.weight", 8, out_P := torch.empty(8))
+    assert out_P.sum() == 8
+    assert torch.equal(stored.read("a.weight"), torch.ones(6, 4))
 
 
 def test_adapter_factors_refuse_a_table_that_names_absent_weights(tmp_path: Path) -> None:
