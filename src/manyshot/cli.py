@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyshot.cli_merge import merge
+
 if TYPE_CHECKING:
     from manyshot.recipe import Recipe
 
@@ -128,6 +130,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
     from manyshot.recipe_file import load_recipe
 
     show_plan(plan_recipe(load_recipe(recipe, overrides or [])), as_json=as_json)
+
+
+app.command()(merge)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.base_model import BaseModel, find_base_folder
+from manyshot.disk import disk_errors
 from manyshot.errors import RecipeError
 from manyshot.merge_models import MergeSettings, check_output, merge_models
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.merge_report import MergeReport
 from manyshot.mergekit_yaml import expert_names
-from manyshot.operators import OPERATORS
 from manyshot.recipe_file import load_merge_recipe, merge_recipe_from_mapping, to_yaml
-from manyshot.run import disk_errors
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class MergeResult:
     weights: dict[str, float]
     report: MergeReport
     notes: tuple[str, ...]
+
+    def norm(self, name: str) -> float:
+        """The Frobenius norm of an expert's task vector."""
+        position = list(self.weights).index(name)
+        return math.sqrt(self.report.gram_TT[position][position])
 
     def to_json(self) -> dict[str, Any]:
         return {"merged": str(self.output), "weights": self.weights, "kept_share": self.report.kept_share}
@@ -65,8 +70,7 @@ def recipe_from_flags(
             raise RecipeError(f"--validation {name}=…: no model of that name; there are: {', '.join(names)}")
         experts[name]["validation"] = path
     chosen: dict[str, object] = {"name": operator or "task_arithmetic"}
-    for key, value in settings.items():
-        chosen[key] = value
+    chosen |= settings
     return merge_recipe_from_mapping({"base": base, "experts": experts, "operator": chosen} | dict(top))
 
 
@@ -75,6 +79,8 @@ def operator_settings(named: Mapping[str, object | None], assignments: Sequence[
     import yaml
 
     found = {key: value for key, value in named.items() if value is not None}
+    if isinstance(temperature := found.get("temperature"), str):  # a number, or auto
+        found["temperature"] = yaml.safe_load(temperature)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -84,6 +90,25 @@ def operator_settings(named: Mapping[str, object | None], assignments: Sequence[
         except yaml.YAMLError:
             raise RecipeError(f"--set {assignment}: the value is not valid YAML") from None
     return found
+
+
+def parse_weights(text: str | None) -> list[float]:
+    """`0.5,0.3,0.2` -> numbers."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise RecipeError(f"--weights {text}: not numbers with commas between them") from None
+
+
+def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """`name=value` texts -> a mapping."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise RecipeError(f"{flag} {text}: not of the form name=value")
+        pairs[name] = value
+    return pairs
 
 
 def merge(
@@ -192,4 +217,4 @@ Made with [manyshot](https://pypi.org/project/manyshot/): operator `{recipe.meth
     (folder / "README.md").write_text(text, "utf-8")
 
 
-__all__ = ["OPERATORS", "MergeResult", "merge", "operator_settings", "recipe_from_flags"]
+__all__ = ["MergeResult", "merge", "operator_settings", "parse_pairs", "parse_weights", "recipe_from_flags"]

@@ -69,8 +69,8 @@ def merge_models(
 ) -> MergeReport:
     """Write the merged model folder `output`, complete or not at all, with what was done in merge.json.
 
-    The sum is float32 and cast once to the base's types (or `settings.dtype`). `tick(done, total)` counts entries; `finish` may add files
-    before the folder gets its name.
+    The sum is float32 and cast once to the base's types (or `settings.dtype`).
+    `tick(done, total)` counts entries; `finish` may add files before the folder gets its name.
     """
     check_output(output, [base, *experts.values()], force=settings.force)
     pretrained = Checkpoint(base)

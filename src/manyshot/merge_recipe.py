@@ -50,6 +50,7 @@ class MergeRecipe(Section):
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="validation examples at once")
     loss_on: Literal["completion", "whole_text"] = "completion"
     seed: int = Field(0, ge=0)
+    notes: tuple[str, ...] = Field((), description="what the file this was read from means in a slightly other way")
 
     @model_validator(mode="after")
     def _fits_together(self) -> MergeRecipe:
@@ -95,9 +96,8 @@ def merge_problems(recipe: MergeRecipe) -> Problems:
     shares = recipe.method.weighting == "normalized"
     negative = [name for name, weight in given.items() if shares and weight < 0]
     if negative:
-        found.append(
-            (f"experts.{negative[0]}.weight", f"{recipe.method.name} takes shares; {given[negative[0]]:g} < 0")
-        )
+        text = f"{given[negative[0]]:g} is negative, and {recipe.method.name} takes shares"
+        found.append((f"experts.{negative[0]}.weight", text))
     elif given and shares and sum(given.values()) == 0:
         found.append(("experts", f"the weights sum to 0; {recipe.method.name} divides by their sum"))
     elif given and all(weight == 0 for weight in given.values()):
@@ -105,10 +105,6 @@ def merge_problems(recipe: MergeRecipe) -> Problems:
     if recipe.needs_gaps:
         missing_data = [name for name, expert in recipe.experts.items() if expert.validation is None]
         if missing_data:
-            found.append(
-                (
-                    f"experts.{missing_data[0]}.validation",
-                    f"{recipe.method.name} weighs experts by their loss gaps: give each validation data, or each a weight",
-                )
-            )
+            text = f"{recipe.method.name} weighs by loss gaps: give each expert validation data, or each a weight"
+            found.append((f"experts.{missing_data[0]}.validation", text))
     return found

@@ -5,6 +5,7 @@ Arithmetic is float32 here whatever its `dtype` says; the merged model gets `out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,20 @@ def from_mergekit(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     base = str(raw.get("base_model") or models[0]["model"])
     if method != "linear" and "base_model" not in raw:
         raise RecipeError(f"{file}: base_model: is missing; {method} needs it")
-    own = [
-        (
-            _adapter(str(one["model"]), base, file),
-            shared | _parameters(one.get("parameters"), f"{file}: {one['model']}"),
-        )
-        for one in models
+    own = []
+    for one in models:
+        model, parameters = str(one["model"]), _parameters(one.get("parameters"), f"{file}: {one['model']}")
         # the base has no task vector; listing it is allowed there and means nothing
-        if method == "linear" or str(one["model"]) != base
-    ]
+        if method == "linear" or model != base:
+            own.append((_adapter(model, base, file), shared | parameters))
+    notes = []
+    if method.startswith("dare") and shared.get("rescale", True):
+        notes.append("rescale: kept entries are divided by the density (the paper); mergekit restores each L1 norm")
     return {
         "base": base,
         "experts": _experts(own, str(method), shared, file),
         "operator": _operator(str(method), [parameters for _, parameters in own], shared, file),
+        "notes": notes,
         **({"dtype": raw.get("out_dtype") or raw["dtype"]} if raw.get("out_dtype") or raw.get("dtype") else {}),
     }
 
@@ -65,9 +67,7 @@ def _parameters(found: object, where: str) -> dict[str, Any]:
         if key not in PARAMETERS:
             raise RecipeError(f"{where}.{key}: cannot be taken; there are: {', '.join(PARAMETERS)}")
         if not isinstance(value, int | float | bool):
-            raise RecipeError(
-                f"{where}.{key}: a gradient or filter cannot be taken; use one number, and 'overrides' here"
-            )
+            raise RecipeError(f"{where}.{key}: a gradient or filter cannot be taken; 'overrides' are for that here")
     return dict(found)
 
 
@@ -92,9 +92,7 @@ def _experts(
     if method == "linear" and not normalize and abs(sum(weights) - 1) > 1e-6:
         raise RecipeError(f"{file}: parameters.normalize: false with weights that do not sum to 1 is no mean of models")
     if method in ("ties", "dare_ties") and not normalize:
-        raise RecipeError(
-            f"{file}: parameters.normalize: {method} divides by the agreeing weights here; set it to true"
-        )
+        raise RecipeError(f"{file}: parameters.normalize: {method} always divides by the agreeing weights here")
     if method in ("task_arithmetic", "dare_linear") and normalize:
         if sum(weights) == 0:
             raise RecipeError(f"{file}: parameters.weight: the weights sum to 0, and normalize divides by that")
@@ -111,9 +109,7 @@ def _operator(method: str, own: list[dict[str, Any]], shared: Mapping[str, Any],
         return {"name": "task_arithmetic"} | scaling
     densities = {parameters.get("density", 1.0) for parameters in own}
     if len(densities) > 1:
-        raise RecipeError(
-            f"{file}: parameters.density: unlike densities {sorted(densities)}; here all models share one"
-        )
+        raise RecipeError(f"{file}: parameters.density: found {sorted(densities)}; here all models share one")
     density = {"density": densities.pop()}
     if method == "ties":
         return {"name": "ties"} | density | scaling
@@ -132,7 +128,5 @@ def expert_names(paths: list[str]) -> list[str]:
             break
     else:
         names = [f"{name}-{i + 1}" for i, name in enumerate(names)]
-    cleaned = [
-        "".join(char if char.isascii() and (char.isalnum() or char in "_.-") else "-" for char in n) for n in names
-    ]
+    cleaned = [re.sub(r"[^A-Za-z0-9_.-]", "-", name) for name in names]
     return [name if name[0].isalnum() else f"m{name}" for name in cleaned]

@@ -6,8 +6,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 
 from manyshot.check_merged import check_merged
+from manyshot.disk import disk_errors
 from manyshot.errors import RunFolderError
 from manyshot.executors import Executor, LocalExecutor
 from manyshot.inputs import Inputs, check_inputs, check_space
@@ -101,24 +99,6 @@ def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
     if not folder.recipe.exists():
         flag = "--resume needs a run" if resume else "--force deletes runs only"
         raise RunFolderError(f"{path}: {flag}, and this folder holds no recipe.yaml of one")
-
-
-@contextmanager
-def disk_errors(output: Path, *, resumable: bool = True) -> Iterator[None]:
-    """A read or write that fails (disk full, no permission, folder gone) as an error that names the file."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # whoever listens went away; that is no matter of the disk
-    except (OSError, SafetensorError) as error:
-        file = getattr(error, "filename", None) or output
-        reason = getattr(error, "strerror", None) or error
-        if not resumable:
-            raise RunFolderError(f"{file}: {reason}; nothing was left under {output}") from error
-        raise RunFolderError(
-            f"{file}: {reason}. Every step that was finished stays in {output}; once this is put right, --resume goes "
-            "on from there"
-        ) from error
 
 
 def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | None) -> None:
