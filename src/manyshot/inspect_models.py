@@ -13,24 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from manyshot.engine import Piece, TilePool, cut, tile_entries
-from manyshot.errors import ManyshotError, MergeError, ModelError, RecipeError, RunFolderError
-from manyshot.match import tied_duplicates
-from manyshot.merge_models import open_experts
+from manyshot.errors import ManyshotError, MergeError, RecipeError
+from manyshot.inspect_input import Experts
 from manyshot.merge_report import cosines
-from manyshot.reading import Reference, TaskVectorReader, check_updates
-from manyshot.rundir import RunFolder, read_json
-from manyshot.task_vector import (
-    ADAPTER_WEIGHTS_NAME,
-    AdapterUpdate,
-    ModelUpdate,
-    Scratch,
-    StoredTaskVector,
-    Update,
-)
-from manyshot.tensors import Checkpoint
+from manyshot.reading import Reference, TaskVectorReader
+from manyshot.task_vector import AdapterUpdate, Scratch
 
 Tick = Callable[[int, int], None]
 Vector = tuple[float | None, ...]
@@ -125,122 +114,6 @@ class Inspection:
         }
 
 
-# ---- what to inspect -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Models to inspect, opened: where they are, and the reader of their task vectors."""
-
-    base: Checkpoint
-    models: Mapping[str, Path]
-    reader: TaskVectorReader
-    run: Path | None = None
-    round_index: int | None = None
-
-
-def open_inputs(
-    paths: Sequence[Path], base: Path | None, round_index: int | None = None, reference: Reference | None = None
-) -> Experts:
-    """Models of `base`, or without one the run folder that is the only path. Raises ManyshotError for a mix of both."""
-    if base is not None:
-        if round_index is not None or reference == "start":
-            raise RunFolderError("--round and --reference start are for run folders; leave --base out to inspect one")
-        return open_models(base, name_models(paths))
-    if len(paths) != 1:
-        raise ModelError(f"{len(paths)} paths without --base; give one run folder, or the models' base model as --base")
-    return open_round(paths[0], round_index, reference)
-
-
-def name_models(paths: Sequence[Path]) -> dict[str, Path]:
-    """Short names for models: the last parts of their paths, as many as it takes to tell all apart."""
-    parts = [path.resolve().parts for path in paths]
-    for place, one in enumerate(parts):
-        if one in parts[:place]:
-            raise ModelError(f"{paths[place]}: is given twice")
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(one[-count:]) for one in parts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, paths, strict=True))
-    raise ModelError("no model is given")
-
-
-def open_models(base: Path, models: Mapping[str, Path]) -> Experts:
-    """Model folders and PEFT adapters of one base; an output head that is tied to the embedding counts once."""
-    pretrained = Checkpoint(base)
-    updates = open_experts(pretrained, models)
-    reader = TaskVectorReader(pretrained, None, tuple(models), updates)
-    return Experts(pretrained, models, reader.without(tied_duplicates(pretrained)))
-
-
-def open_round(path: Path, round_index: int | None = None, reference: Reference | None = None) -> Experts:
-    """The experts of one round of a run, by default of the last finished one.
-
-    v_τ = θ_τ − Θ⁰ or, with reference `start`, θ_τ − Θʳ⁻¹; by default as the run merges. Raises RunFolderError for a
-    folder without a run and a round without experts, naming both.
-    """
-    folder = RunFolder(path)
-    tasks, merged_reference = _read_recipe(folder)
-    chosen = _last_round(folder) if round_index is None else round_index
-    where = f"{path}, round {chosen}"
-    if chosen < 1:
-        raise RunFolderError(f"{where}: rounds count from 1; round 0 is the pretrained model and has no experts")
-    before = folder.round(chosen - 1)
-    start, carried = before / "task_vector.safetensors", before / "carried_adapter"
-    if chosen > 1 and not start.is_file():
-        raise RunFolderError(f"{where}: round {chosen - 1} is not finished ({start} is missing)")
-    models, updates = {}, []
-    for task in tasks:
-        models[task] = _expert_path(folder, chosen, task)
-        updates.append(_update(models[task], carried if chosen > 1 and carried.is_dir() else None))
-    described = read_json(folder.environment).get("base_model")
-    if not isinstance(described, dict) or not isinstance(described.get("path"), str):
-        raise RunFolderError(f"{folder.environment}: does not say base_model.path")
-    pretrained = Checkpoint(Path(described["path"]))
-    check_updates(pretrained, tasks, updates)
-    stored = StoredTaskVector(start) if chosen > 1 else None
-    reader = TaskVectorReader(pretrained, stored, tuple(tasks), tuple(updates), reference or merged_reference)
-    return Experts(pretrained, models, reader, path, chosen)
-
-
-def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference]:
-    """Task names in order, and what the run's task vectors are relative to."""
-    if not folder.recipe.is_file():
-        raise RunFolderError(f"{folder.path}: not a run folder (no recipe.yaml); to inspect models give --base")
-    try:
-        recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
-        tasks = [str(task) for task in recipe["tasks"]]
-        reference = (recipe.get("merge") or {}).get("reference", "pretrained")
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise RunFolderError(f"{folder.recipe}: damaged ({type(error).__name__}: {error})") from None
-    return tasks, "start" if reference == "start" else "pretrained"
-
-
-def _last_round(folder: RunFolder) -> int:
-    finished = 0
-    while (folder.round(finished + 1) / "DONE.json").is_file():
-        finished += 1
-    if not finished:
-        raise RunFolderError(f"{folder.path}: no round is finished; --round 1 inspects its experts once they are there")
-    return finished
-
-
-def _expert_path(folder: RunFolder, round_index: int, task: str) -> Path:
-    place = folder.local_update(round_index, task)
-    where = f"{folder.path}, round {round_index}, task '{task}'"
-    if not (place / "local_update.json").is_file():
-        raise RunFolderError(f"{where}: no expert there yet ({place / 'local_update.json'} is missing)")
-    if (place / "model").is_dir():
-        return place / "model"
-    if not (place / "adapter" / ADAPTER_WEIGHTS_NAME).is_file():
-        raise RunFolderError(f"{where}: its expert is gone (neither {place / 'adapter'} nor {place / 'model'})")
-    return place / "adapter"
-
-
-def _update(expert: Path, carried: Path | None) -> Update:
-    return ModelUpdate(expert) if expert.name == "model" else AdapterUpdate(expert, carried)
-
-
 # ---- what a tile says ------------------------------------------------------------------------------------------------
 
 
@@ -269,32 +142,29 @@ def no_sums(num_tasks: int) -> TileSums:
 
 
 def sum_tile(rows_TP: torch.Tensor, mask_threshold: float, min_agreement: int) -> TileSums:
-    """The sums of one tile. Counts are float32 products of zeros and ones: exact up to 2²⁴ entries."""
+    """The sums of one tile. Counts are float32 sums of zeros and ones: exact up to 2²⁴ entries."""
     wide_TP = rows_TP.double()
-    up_TP, down_TP = (rows_TP > 0).float(), (rows_TP < 0).float()
-    changed_TP = up_TP + down_TP
+    signs_TP = rows_TP.sign()
+    up_TP, down_TP, changed_TP = signs_TP.clamp(min=0), signs_TP.neg().clamp_(min=0), signs_TP.abs()
     opposed_TT = up_TP @ down_TP.T
+    num_changed_P, conflict_P = changed_TP.sum(0), up_TP.amax(0) * down_TP.amax(0)
+    some_P = num_changed_P.clamp(max=1)
     # the mask as the operators form it: float32, added in task order
     own_TP = rows_TP * torch.tensor(1 / len(rows_TP), dtype=torch.float32)
     total_P = own_TP[0].clone()
     for own_P in own_TP[1:]:
         total_P += own_P
-    votes_TP = own_TP.abs() >= (total_P - own_TP).abs_() * mask_threshold
-    num_changed_P = changed_TP.sum(0)
-    some_P = num_changed_P > 0
-    votes_TP &= some_P
-    kept_P = votes_TP.sum(0) >= min_agreement
-    kept_P &= some_P
-    conflict_P = up_TP.any(0) & down_TP.any(0)
-    voted_TP = votes_TP.float()
-    counts = [int(one.sum()) for one in (some_P, num_changed_P >= 2, conflict_P, kept_P)]
+    rest_TP = torch.sub(total_P, own_TP).abs_().mul_(mask_threshold)
+    votes_TP = own_TP.abs_().ge_(rest_TP).mul_(some_P)
+    kept_P = votes_TP.sum(0).ge_(min_agreement).mul_(some_P)
+    counts = [some_P.sum(), (num_changed_P >= 2).sum(), conflict_P.sum(), kept_P.sum()]
     return TileSums(
         wide_TP @ wide_TP.T,
         (changed_TP @ changed_TP.T).double(),
         (opposed_TT + opposed_TT.T).double(),
-        (voted_TP @ voted_TP.T).double(),
-        (voted_TP @ kept_P.float()).double(),
-        torch.tensor(counts, dtype=torch.float64),
+        (votes_TP @ votes_TP.T).double(),
+        (votes_TP @ kept_P).double(),
+        torch.stack([count.double() for count in counts]),
     )
 
 
