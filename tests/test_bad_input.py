@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import json
 import shutil
 from collections.abc import Callable
@@ -148,7 +149,10 @@ def test_messages_without_a_chat_template_are_refused_before_training(runs: Runs
 # ---- recipe ----------------------------------------------------------------------------------------------------------
 
 BAD_RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "operator": ("operator=metsi", ("operator: unknown operator 'metsi'; did you mean 'metis'? there are: mean,",)),
+    "operator": (
+        "operator=metsi",
+        ("operator: unknown operator 'metsi'; did you mean 'metis'? there are: consensus_ta,",),
+    ),
     "parameter": ("operator.temprature=1", ("operator.temprature: unknown key; did you mean 'temperature'?",)),
     "cold": ("operator.temperature=0", ("operator.temperature", "greater than 0", "found 0")),
     "colder": ("operator.temperature=-1.5", ("operator.temperature", "greater than 0", "found -1.5")),
@@ -405,6 +409,10 @@ def test_disk_too_small_for_the_rounds_left_is_all_that_counts(runs: Runs, monke
     assert result.scores == runs.get(*ONE_STEP).scores  # nothing is left to write but what small files hold
 
 
+def full_pwrite(file: int, data: bytes, offset: int) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class FullDisk:
     """A file on a disk that is full after ten more bytes."""
 
@@ -438,6 +446,8 @@ def test_disk_that_fills_up_names_the_file_and_the_run_can_go_on(runs: Runs, mon
 
         with monkeypatch.context() as patch:
             patch.setattr(rundir, "open", full_open, raising=False)
+            if name == "task_vector.safetensors":  # written at positions, not as a stream
+                patch.setattr(os, "pwrite", full_pwrite)
             with pytest.raises(RunFolderError) as caught:
                 run(runs.recipe(*ONE_STEP), folder, resume=True)
         message = str(caught.value)

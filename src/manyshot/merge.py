@@ -19,7 +19,7 @@ from manyshot.kernels.pieces import ADD_TO_START, AS_IT_IS, Target
 from manyshot.merge_report import MergeReport
 from manyshot.operators import Operator, OperatorPlan
 from manyshot.reading import Reference, TaskVectorReader, TileData, check_updates
-from manyshot.rundir import atomic_file
+from manyshot.rundir import PARTIAL, atomic_file
 from manyshot.stream import MergeStream
 from manyshot.task_vector import AdapterFactors, FactorEntries, Scratch, StoredTaskVector, Update
 from manyshot.tensor_writer import PositionedWriter
@@ -108,7 +108,8 @@ def _merge_into(
         raise MergeError(f"{len(weights)} weights for {len(reader.tasks)} tasks")
     plan = operator if isinstance(operator, OperatorPlan) else OperatorPlan(operator)
     infos = {name: TensorInfo(reader.shape(name), torch.float32) for name in reader.names()}
-    with atomic_file(output) as stream, PositionedWriter({Path(stream.name): infos}) as writer:
+    partial = output.with_name(output.name + PARTIAL)
+    with atomic_file(output), PositionedWriter({partial: infos}) as writer:
         sink = _TaskVectorSink(writer, reader.reference, outer)
         report = MergeStream(reader, plan, weights, seed_parts, sink, TilePool(threads)).run()
         refuse_empty(report, weights)

@@ -107,7 +107,7 @@ def _build(
     try:
         recipe = kind.model_validate(raw)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = _one_per_key(error, raw)
         problems += [line for one in details for line in _explain(one, raw, source, kind)]
         if kind is Recipe:
             problems += _cross_problems_of_broken(raw, source, error)
@@ -234,6 +234,16 @@ def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source, r
     elif kind in ("starved", "micro_batch", "task_data"):
         found = ""
     return [f"{source.place(key)}: {_dotted(key)}: {message}{found}"]
+
+
+def _one_per_key(error: ValidationError, raw: dict[str, Any]) -> list[Any]:
+    """One error for each key: a value that may be of several types fails for each of them."""
+    by_key: dict[Key, Any] = {}
+    for details in error.errors(include_url=False):
+        first = by_key.setdefault(_real_key(details["loc"], raw), dict(details))
+        if details is not first and details["type"] == "literal_error" and first["type"] != "literal_error":
+            first["msg"] += f", or {details['ctx']['expected']}"
+    return list(by_key.values())
 
 
 def _real_key(location: Sequence[str | int], raw: object) -> Key:

@@ -18,7 +18,7 @@ from typing import IO
 import torch
 
 from manyshot.errors import ModelError
-from manyshot.rundir import atomic_file, name_file, write_json
+from manyshot.rundir import PARTIAL, atomic_file, name_file, write_json
 from manyshot.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, TensorInfo
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -135,7 +135,7 @@ class PositionedWriter:
                 count = os.pwrite(self._descriptors[file], data, offset)
                 data, offset = data[count:], offset + count
         except OSError as error:
-            name_file(error, file)
+            name_file(error, Path(str(file).replace(PARTIAL, "")))
             raise
 
     def _close(self) -> None:
