@@ -89,10 +89,12 @@ class TilePool:
                 thread.start()
             try:
                 queue.run(self._scratches[0])
+                for thread in others:
+                    thread.join()
             except BaseException:  # an interrupt comes here, into the main thread
                 queue.stopped = True
                 raise
-            finally:
+            finally:  # nobody may work on when the files are closed
                 for thread in others:
                     thread.join()
         if queue.errors:

@@ -5,7 +5,7 @@ No list of architectures: names, shapes and, for tied weights, the bytes themsel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -109,6 +109,21 @@ def tied_duplicates(base: Checkpoint) -> dict[str, str]:
         if twins:
             found[head] = twins[0]
     return found
+
+
+def refuse_untied(tied: Mapping[str, str], tasks: Sequence[str], updates: Sequence[Update]) -> None:
+    """Refuse a model whose output head is not its embedding where the base ties both (`tied`: head -> embedding)."""
+    for task, update in zip(tasks, updates, strict=True):
+        for head, embedding in tied.items():
+            if head not in update.names:
+                continue
+            if isinstance(update, ModelUpdate) and embedding in update.names:
+                names = update.stored_name(head), update.stored_name(embedding)
+                if names[0] == names[1] or same_bytes(update.model, *names):
+                    continue
+            raise ModelError(
+                f"model '{task}': it changes '{head}' apart from '{embedding}', and the base ties both into one tensor"
+            )
 
 
 def refuse_quantized(path: Path, base: Checkpoint, what: str) -> None:

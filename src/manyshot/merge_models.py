@@ -16,7 +16,7 @@ from manyshot.engine import Piece, TilePool, cut, tile_entries
 from manyshot.errors import MergeError, RunFolderError
 from manyshot.export import copy_piece, open_model_folder, output_info
 from manyshot.kernels.pieces import ADD_TO_BASE, Target
-from manyshot.match import open_experts, tied_duplicates
+from manyshot.match import open_experts, refuse_untied, tied_duplicates
 from manyshot.merge import refuse_empty
 from manyshot.merge_report import MergeReport
 from manyshot.operators import OperatorPlan
@@ -79,6 +79,7 @@ def merge_models(
         *(pretrained, None, tuple(experts), updates), allow_nonfinite=settings.allow_nonfinite, keep_base=True
     )
     tied = tied_duplicates(pretrained)
+    refuse_untied(tied, tuple(experts), updates)
     reader = reader.without(tied)
     if unused := plan.unused(reader.names()):
         raise MergeError(f"overrides: the pattern '{unused[0]}' fits no tensor that is merged")

@@ -12,7 +12,10 @@ from manyshot.engine import Piece
 
 @dataclass
 class MergeReport:
-    """What a merge did. Norms are Frobenius norms over all merged tensors; counts are coordinates."""
+    """What a merge did. Norms are Frobenius norms over all merged tensors; counts are coordinates.
+
+    Without `pairs` nobody asked for the inner products of unlike task vectors, and there are no cosines.
+    """
 
     tasks: list[str]
     num_changed: int = 0
@@ -21,6 +24,7 @@ class MergeReport:
     merged_norm: float = 0.0
     update_norm: float = 0.0
     gram_TT: list[list[float]] = field(default_factory=list)
+    pairs: bool = True
 
     @property
     def kept_share(self) -> float:
@@ -29,12 +33,9 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         norms = [math.sqrt(self.gram_TT[i][i]) for i in range(len(self.tasks))]
-        record = {key: value for key, value in asdict(self).items() if key != "gram_TT"}
-        return record | {
-            "kept_share": self.kept_share,
-            "task_vector_norms": dict(zip(self.tasks, norms, strict=True)),
-            "task_vector_cosines": cosines(self.gram_TT),
-        }
+        record = {key: value for key, value in asdict(self).items() if key not in ("gram_TT", "pairs")}
+        record |= {"kept_share": self.kept_share, "task_vector_norms": dict(zip(self.tasks, norms, strict=True))}
+        return record | ({"task_vector_cosines": cosines(self.gram_TT)} if self.pairs else {})
 
 
 def cosines(gram_TT: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -58,9 +59,9 @@ class TileSums:
     update_square: float
 
 
-def add_up(tasks: Sequence[str], tiles: Iterable[TileSums]) -> MergeReport:
+def add_up(tasks: Sequence[str], tiles: Iterable[TileSums], *, pairs: bool = True) -> MergeReport:
     """The report, tiles added in the order of tensors and positions: the same sums however many threads there were."""
-    report = MergeReport(list(tasks))
+    report = MergeReport(list(tasks), pairs=pairs)
     size = len(tasks)
     gram = [0.0] * size**2
     merged, updated = 0.0, 0.0

@@ -6,9 +6,11 @@ step by step; the bits are the same. Shapes: T = tasks, P = entries of a tile.
 
 from __future__ import annotations
 
+import errno
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,6 +18,7 @@ import torch
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
+from manyshot.errors import ModelError
 from manyshot.kernels.pieces import Input, Target, merge_piece, scan_piece
 from manyshot.merge_report import MergeReport, TileSums, add_up
 from manyshot.operators import MatrixOperator, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
@@ -89,7 +92,7 @@ class MergeStream:
         gc.freeze()  # what the imports left need not be searched again and again while tiles come and go
         try:
             with one_torch_thread():
-                return add_up(self.reader.tasks, self._run())
+                return add_up(self.reader.tasks, self._run(), pairs=self.pairs)
         finally:
             gc.unfreeze()
 
@@ -109,7 +112,6 @@ class MergeStream:
                 scanned.append([name])
         sums = self._merge(elementwise, None)
         for group in (*scanned, *whole.values()):
-            self._open_cache(group)
             sums += self._merge(group, self._scan(group))
             self._routes.clear()
         for name in matrices:
@@ -122,7 +124,7 @@ class MergeStream:
         route = self._routes.get(name)
         if route is None:
             route = _Route(operator := self.plan.for_tensor(name))
-            target = self.sink.target(name) if operator.operation() and self.device.type == "cpu" else None
+            target = self.sink.target(name) if _has_steps(operator) and self.device.type == "cpu" else None
             if target is not None:
                 route = _Route(operator, self.reader.compiled_input(name), target)
             self._routes[name] = route
@@ -155,6 +157,8 @@ class MergeStream:
         state = self.plan.for_tensor(group[0]).start_scan(self.num_tasks, sum(piece.count for piece in pieces))
         assert state is not None
         scan = _Scan(state)
+        if not state.done and isinstance(state, TrimScan):  # whose first pass fills the cache
+            self._open_cache(group)
         while not state.done:
             by_thread: dict[int, torch.Tensor] = {}
 
@@ -188,9 +192,10 @@ class MergeStream:
             state.observe(self.reader.read(piece, scratch).task_vectors_TP, counts)
             return
         buffer = scratch.take("compiled", compiled.scratch_floats)
-        bad = scan_piece(
-            *(compiled, piece.start, piece.count, buffer), stage=state.stage, words=state.words, counts=counts
-        )
+        with _input_named(piece):
+            bad = scan_piece(
+                *(compiled, piece.start, piece.count, buffer), stage=state.stage, words=state.words, counts=counts
+            )
         self.reader.refuse_nonfinite(piece.name, bad)
 
     # ---- merge -------------------------------------------------------------------------------------------------------
@@ -216,14 +221,15 @@ class MergeStream:
     ) -> TileSums:
         operation, trim = operator.operation(), tile.scan if isinstance(tile.scan, TrimScan) else None
         assert operation is not None
-        done = merge_piece(
-            *(given, operation, self._weights(operator), target, piece.start, piece.count),
-            scratch.take("compiled", given.scratch_floats),
-            pairs=self.pairs,
-            keys=tile.keys,
-            thresholds=trim.thresholds if trim else (),
-            allowed=trim.allowed(tile.preceding) if trim else (),
-        )
+        with _input_named(piece):
+            done = merge_piece(
+                *(given, operation, self._weights(operator), target, piece.start, piece.count),
+                scratch.take("compiled", given.scratch_floats),
+                pairs=self.pairs,
+                keys=tile.keys,
+                thresholds=trim.thresholds if trim else (),
+                allowed=trim.allowed(tile.preceding) if trim else (),
+            )
         self.reader.refuse_nonfinite(piece.name, done.bad[:-1])
         self.sink.wrote(piece, bool(done.bad[-1]))
         return TileSums(piece, done.changed, done.kept, done.gram, done.merged_square, done.update_square)
@@ -272,3 +278,20 @@ class MergeStream:
 
     def _keys(self, name: str) -> tuple[int, ...]:
         return tuple(tile_key(*self.seed_parts, task, name) for task in self.reader.tasks)
+
+
+@contextmanager
+def _input_named(piece: Piece) -> Iterator[None]:
+    """An input that ends early is an error of that input, not of the file that is being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        raise ModelError(f"tensor '{piece.name}': a file ends within it; it was changed meanwhile") from None
+
+
+def _has_steps(operator: Operator) -> bool:
+    """Whether operation() describes what merge() does; a subclass that defines merge() alone means its own."""
+    kinds = (kind for kind in type(operator).__mro__ if "merge" in vars(kind) or "operation" in vars(kind))
+    return "operation" in vars(next(kinds)) and operator.operation() is not None

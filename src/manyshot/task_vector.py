@@ -205,6 +205,10 @@ class ModelUpdate:
         self._stored_as = {name: name for name in self.model.names} if stored_as is None else dict(stored_as)
         self.names = tuple(sorted(self._stored_as))
 
+    def stored_name(self, name: str) -> str:
+        """What the folder calls a tensor of the base."""
+        return self._stored_as[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.model.info(self._stored_as[name]).shape
 

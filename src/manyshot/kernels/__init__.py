@@ -71,13 +71,23 @@ def low_rank(b_NR: torch.Tensor, a_RI: torch.Tensor, scaling: float, start: int,
         _torch.low_rank(b_NR, a_RI, scaling, start, out_P)
 
 
+def _readable(task_vectors_TP: torch.Tensor, other: torch.Tensor | None = None) -> bool:
+    """Whether the compiled kernels can read rows, and weights or a merged vector beside them, where they lie."""
+    return (
+        _usable(task_vectors_TP)
+        and task_vectors_TP.stride(1) == 1
+        and task_vectors_TP.dtype == torch.float32
+        and (other is None or (other.dtype == torch.float32 and other.is_contiguous()))
+    )
+
+
 def _rows(task_vectors_TP: torch.Tensor) -> tuple[int, int, int]:
     return task_vectors_TP.data_ptr(), task_vectors_TP.shape[0], task_vectors_TP.stride(0)
 
 
 def weighted_sum(task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """scaling · Σ_τ w_τ v_τ, added in task order."""
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP, weights_T):
         return _torch.weighted_sum(task_vectors_TP, weights_T, scaling)
     out_P = torch.empty_like(task_vectors_TP[0])
     _CALL["weighted_sum"](*_rows(task_vectors_TP), weights_T.data_ptr(), scaling, out_P.data_ptr(), out_P.numel())
@@ -91,7 +101,7 @@ def consensus(
 
     A task votes for a coordinate that the rest does not dominate; the coordinate stays when enough tasks vote for it.
     """
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP, weights_T):
         return _torch.consensus(task_vectors_TP, weights_T, threshold, min_agreement, scaling)
     out_P = torch.empty_like(task_vectors_TP[0])
     _CALL["consensus"](
@@ -103,7 +113,7 @@ def consensus(
 
 def elect_and_average(task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling · Σ agreeing w_τ v_τ / Σ agreeing w_τ; those agree whose sign is that of Σ_τ w_τ v_τ (plus for zero)."""
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP, weights_T):
         return _torch.elect_and_average(task_vectors_TP, weights_T, scaling)
     out_P = torch.empty_like(task_vectors_TP[0])
     _CALL["elect_and_average"](*_rows(task_vectors_TP), weights_T.data_ptr(), scaling, out_P.data_ptr(), out_P.numel())
@@ -125,7 +135,7 @@ def drop(
 ) -> torch.Tensor:
     """z ⊙ v / rescale, (T, P); z ~ Bernoulli(density) drawn from (the task's key, position)."""
     limit = draw_limit(density)
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP):
         return _torch.drop(task_vectors_TP, keys, offset, limit, rescale)
     out_TP = _like(task_vectors_TP)
     words = (ctypes.c_uint64 * len(keys))(*keys)
@@ -139,7 +149,7 @@ def _like(task_vectors_TP: torch.Tensor) -> torch.Tensor:
 
 def histogram_high(task_vectors_TP: torch.Tensor, counts_TB: torch.Tensor) -> None:
     """Add to counts (T, 2¹⁵; int64) how many magnitudes have each value of their high 15 bits."""
-    if _usable(task_vectors_TP):
+    if _readable(task_vectors_TP):
         _CALL["histogram_high"](*_rows(task_vectors_TP), task_vectors_TP.shape[1], counts_TB.data_ptr())
     else:
         _torch.histogram_high(task_vectors_TP, counts_TB)
@@ -147,7 +157,7 @@ def histogram_high(task_vectors_TP: torch.Tensor, counts_TB: torch.Tensor) -> No
 
 def histogram_low(task_vectors_TP: torch.Tensor, highs: Sequence[int], counts_TB: torch.Tensor) -> None:
     """Add to counts (T, 2¹⁶; int64) the low 16 bits of the magnitudes whose high 15 bits are the task's `highs`."""
-    if _usable(task_vectors_TP):
+    if _readable(task_vectors_TP):
         words = (ctypes.c_uint32 * len(highs))(*highs)
         _CALL["histogram_low"](*_rows(task_vectors_TP), task_vectors_TP.shape[1], words, counts_TB.data_ptr())
     else:
@@ -156,7 +166,7 @@ def histogram_low(task_vectors_TP: torch.Tensor, highs: Sequence[int], counts_TB
 
 def count_equal(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], counts_T: torch.Tensor) -> None:
     """Add to counts (T, int64) the entries whose magnitude has exactly the bits of the task's threshold."""
-    if _usable(task_vectors_TP):
+    if _readable(task_vectors_TP):
         words = (ctypes.c_uint32 * len(thresholds))(*thresholds)
         _CALL["count_equal"](*_rows(task_vectors_TP), task_vectors_TP.shape[1], words, counts_T.data_ptr())
     else:
@@ -165,7 +175,7 @@ def count_equal(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], counts
 
 def trim(task_vectors_TP: torch.Tensor, thresholds: Sequence[int], allowed: Sequence[int]) -> torch.Tensor:
     """(T, P): magnitudes above the task's threshold (bits), the first `allowed` of those equal to it, else zeros."""
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP):
         return _torch.trim(task_vectors_TP, thresholds, allowed)
     out_TP = _like(task_vectors_TP)
     words, left = (ctypes.c_uint32 * len(thresholds))(*thresholds), (ctypes.c_int64 * len(allowed))(*allowed)
@@ -178,7 +188,7 @@ def tally(task_vectors_TP: torch.Tensor, kept_P: torch.Tensor, *, pairs: bool) -
 
     Sums are float32 within 512 entries, float64 over them.
     """
-    if not _usable(task_vectors_TP):
+    if not _readable(task_vectors_TP, kept_P):
         return _torch.tally(task_vectors_TP, kept_P, pairs=pairs)
     counts, gram = (ctypes.c_int64 * 2)(), (ctypes.c_double * task_vectors_TP.shape[0] ** 2)()
     _CALL["tally"](*_rows(task_vectors_TP), kept_P.data_ptr(), kept_P.numel(), pairs, counts, gram)

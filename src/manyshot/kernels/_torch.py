@@ -98,7 +98,8 @@ def draws(key: int, offset: int, count: int, device: torch.device) -> torch.Tens
 def drop(task_vectors_TP: torch.Tensor, keys: Sequence[int], offset: int, limit: int, rescale: float) -> torch.Tensor:
     count, device = task_vectors_TP.shape[1], task_vectors_TP.device
     kept_TP = torch.stack([draws(key, offset, count, device) < limit for key in keys])
-    return torch.where(kept_TP, task_vectors_TP, 0.0) / rescale
+    # a divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds differently
+    return torch.where(kept_TP, task_vectors_TP, 0.0) / torch.tensor(rescale, dtype=torch.float32, device=device)
 
 
 # ---- trimming --------------------------------------------------------------------------------------------------------

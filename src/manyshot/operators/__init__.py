@@ -5,7 +5,6 @@ One of ours adds its file, a line here, a row in tests/test_operators.py and a s
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 
 from manyshot.operators._base import MatrixOperator, Operator, Scan, Tile, merge_whole, tile_key
@@ -37,7 +36,8 @@ def load_operator(entry: EntryPoint) -> type[Operator]:
     """The operator class of an entry point. Raises TypeError or ValueError that names the package at fault."""
     found = entry.load()
     where = f"entry point '{entry.name} = {entry.value}' ({GROUP})"
-    if not (isinstance(found, type) and issubclass(found, Operator) and is_dataclass(found)):
+    # a class that only inherits from a dataclass has none of its own fields
+    if not (isinstance(found, type) and issubclass(found, Operator) and "__dataclass_fields__" in vars(found)):
         raise TypeError(f"{where}: not a frozen dataclass that derives from manyshot.Operator")
     name = getattr(found, "name", None)
     if name != entry.name:

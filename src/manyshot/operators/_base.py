@@ -176,7 +176,7 @@ def merge_whole(
     operator: Operator, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, tile: Tile | None = None
 ) -> torch.Tensor:
     """Scan, then merge, one whole tensor at once: what the streaming engine does tile by tile."""
-    tile = tile or Tile(keys=(0,) * len(task_vectors_TP))
+    tile = tile or Tile.of([str(task) for task in range(len(task_vectors_TP))])
     scan = operator.start_scan(*task_vectors_TP.shape)
     while scan is not None and not scan.done:
         counts = torch.zeros(scan.counts_shape(), dtype=torch.int64)
