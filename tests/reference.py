@@ -1,21 +1,29 @@
 """Every operator again: slow, obvious, one coordinate at a time, written from METHOD.md and not from the code.
 
 The arithmetic is float32, one operation after the other in recipe order, so that a mask that depends on an equality
-comes out the same. `vectors` is a list (tasks) of lists (coordinates).
+comes out the same. `vectors` is a list (tasks) of lists (coordinates). The matrix operators are float64; what is no
+matrix they average, in float32 like the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 Vectors = Sequence[Sequence[float]]
+Weights = Sequence[float]
+Merged = list[np.float32]
 f32 = np.float32
+ZERO = f32(0)
 
 
-def mean(vectors: Vectors, weights: Sequence[float]) -> list[np.float32]:
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def mean(vectors: Vectors, weights: Weights) -> Merged:
     """M(v) = Σ_τ w_τ v_τ."""
     merged = []
     for i in range(len(vectors[0])):
@@ -26,15 +34,31 @@ def mean(vectors: Vectors, weights: Sequence[float]) -> list[np.float32]:
     return merged
 
 
+def task_arithmetic(vectors: Vectors, weights: Weights, *, scaling: float = 0.4) -> Merged:
+    """M(v) = β Σ_τ w_τ v_τ."""
+    return [f32(scaling) * total for total in mean(vectors, weights)]
+
+
+def matrix_operator_elsewhere(vectors: Vectors, weights: Weights, *, scaling: float = 1.0) -> Merged:
+    """What a matrix operator does to a bias or a norm: β times the average of w_τ v_τ."""
+    return task_arithmetic(vectors, [f32(weight) / f32(len(weights)) for weight in weights], scaling=scaling)
+
+
+# ---- consensus -------------------------------------------------------------------------------------------------------
+
+
 def metis(
     vectors: Vectors,
-    weights: Sequence[float],
+    weights: Weights,
     *,
+    mask: bool = True,
     mask_threshold: float = 0.3,
     min_agreement: int = 2,
     scaling: float = 1.0,
-    temperature: float = 2.0,  # it made the weights; the merge itself has no use for it
-) -> list[np.float32]:
+    temperature: float | str = 2.0,  # these three made the weights; the merge itself has no use for them
+    gap: str = "absolute",
+    effective_tasks: float | None = None,
+) -> Merged:
     """V = Σ α_τ v_τ;  m_τ,i = 1[α_τ|v_τ,i| ≥ δ·|V_i − α_τ v_τ,i|];  M(v)_i = β V_i where Σ_τ m_τ,i ≥ k, else 0."""
     totals = mean(vectors, weights)
     merged = []
@@ -45,8 +69,157 @@ def metis(
             rest = total - own
             if abs(own) >= f32(mask_threshold) * abs(rest):
                 votes += 1
-        merged.append(f32(scaling) * total if votes >= min_agreement else f32(0))
+        merged.append(f32(scaling) * total if votes >= min_agreement or not mask else ZERO)
     return merged
 
 
-REFERENCES: dict[str, Callable[..., Any]] = {"mean": mean, "metis": metis}
+def consensus_ta(
+    vectors: Vectors, weights: Weights, *, mask_threshold: float = 0.4, min_agreement: int = 2, scaling: float = 0.4
+) -> Merged:
+    """The same mask over the plain sum: w_τ = 1 where METIS has α_τ."""
+    return metis(vectors, weights, mask_threshold=mask_threshold, min_agreement=min_agreement, scaling=scaling)
+
+
+# ---- sign election ---------------------------------------------------------------------------------------------------
+
+
+def elect(vectors: Vectors, weights: Weights, scaling: float) -> Merged:
+    """The sign of Σ w_τ v_τ is elected (plus for zero); β times the weighted mean of the entries that have it."""
+    merged = []
+    for i, total in enumerate(mean(vectors, weights)):
+        agreeing, divisor = ZERO, ZERO
+        for vector, weight in zip(vectors, weights, strict=True):
+            own = f32(weight) * f32(vector[i])
+            if (own > 0) if total >= 0 else (own < 0):
+                agreeing = agreeing + own
+                divisor = divisor + f32(weight)
+        merged.append(agreeing / divisor * f32(scaling) if divisor != 0 else ZERO)
+    return merged
+
+
+def trim(vector: Sequence[float], density: float) -> list[float]:
+    """The ⌊density · n⌋ largest magnitudes (but one at least), of equal ones the first; zeros elsewhere."""
+    num_kept = max(1, int(density * len(vector)))
+    by_magnitude = sorted(range(len(vector)), key=lambda i: (-abs(f32(vector[i])), i))
+    kept = set(by_magnitude[:num_kept])
+    return [value if i in kept else 0.0 for i, value in enumerate(vector)]
+
+
+def ties(
+    vectors: Vectors, weights: Weights, *, density: float = 0.2, scaling: float = 1.0, trim_scope: str = "tensor"
+) -> Merged:
+    """Trim each task vector, elect signs, average what agrees. `vectors` is the whole scope of the trim."""
+    return elect([trim(vector, density) for vector in vectors], weights, scaling)
+
+
+# ---- DARE ------------------------------------------------------------------------------------------------------------
+
+
+def tile_key(*parts: str | int) -> int:
+    """The first 8 bytes, big-endian, of the SHA-256 of the parts with a unit separator between them."""
+    return int(hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16], 16)
+
+
+def finalise(word: int) -> int:
+    """MurmurHash3's 32-bit finaliser."""
+    word ^= word >> 16
+    word = word * 0x85EBCA6B % 2**32
+    word ^= word >> 13
+    word = word * 0xC2B2AE35 % 2**32
+    return word ^ word >> 16
+
+
+def draw(key: int, position: int) -> int:
+    """A 32-bit word for one coordinate: its position and both halves of the key go through the finaliser twice.
+
+    The page (position // 2³²) goes into both halves.
+    """
+    page, low = divmod(position, 2**32)
+    key_high, key_low = divmod(key, 2**32)
+    first = (low + key_low + finalise(page)) % 2**32
+    second = key_high ^ (page * 0x9E3779B9 % 2**32)
+    return finalise(finalise(first) ^ second)
+
+
+def dare(
+    vectors: Vectors,
+    weights: Weights,
+    *,
+    keys: Sequence[int],
+    offset: int = 0,
+    density: float = 0.2,
+    scaling: float = 0.4,
+    then: str = "task_arithmetic",
+    rescale: bool = True,
+) -> Merged:
+    """Keep an entry when its draw lies below density · 2³², divide by density; then a scaled sum or a sign election."""
+    limit = round(density * 2**32)
+    dropped = []
+    for vector, key in zip(vectors, keys, strict=True):
+        kept = [value if draw(key, offset + i) < limit else 0.0 for i, value in enumerate(vector)]
+        dropped.append([f32(value) / f32(density if rescale else 1.0) for value in kept])
+    if then == "ties":
+        return elect(dropped, weights, scaling)
+    return task_arithmetic(dropped, weights, scaling=scaling)
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def decompose(matrix: Matrix) -> list[tuple[float, Matrix, Matrix]]:
+    """(σ, u, v) of every direction that is not rounding noise of float32, largest σ first."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    noise = values.max(initial=0.0) * max(matrix.shape) * 2.0**-23
+    return [(values[i], left[:, i], right[i]) for i in range(len(values)) if values[i] > noise]
+
+
+def iso_c(matrices: Sequence[Matrix], weights: Weights, *, scaling: float = 1.0) -> Matrix:
+    """The directions of Σ w_τ v_τ, each with the mean of their singular values."""
+    total = np.zeros_like(matrices[0])
+    for matrix, weight in zip(matrices, weights, strict=True):
+        total = total + weight * matrix
+    directions = decompose(total)
+    merged = np.zeros_like(total)
+    for _, u, v in directions:
+        merged += scaling * (sum(value for value, _, _ in directions) / len(directions)) * np.outer(u, v)
+    return merged
+
+
+def orthonormal(columns: Matrix) -> Matrix:
+    """The whitening X (XᵀX)^(−½) of linearly independent columns: the nearest matrix with orthonormal ones."""
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    return columns @ vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+def tsv_m(matrices: Sequence[Matrix], weights: Weights, *, scaling: float = 1.0) -> Matrix:
+    """Each task's leading K/T directions, all of them made orthonormal together, with the σ they had times w_τ."""
+    num_leading = max(1, min(matrices[0].shape) // len(matrices))
+    lefts, values, rights = [], [], []
+    for matrix, weight in zip(matrices, weights, strict=True):
+        for value, u, v in decompose(matrix)[:num_leading]:
+            lefts.append(u)
+            values.append(weight * value)
+            rights.append(v)
+    if not values:
+        return np.zeros_like(matrices[0])
+    left, right = orthonormal(np.stack(lefts, axis=1)), orthonormal(np.stack(rights, axis=1))
+    return scaling * left @ np.diag(values) @ right.T
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+# on vectors, float32
+REFERENCES: dict[str, Callable[..., Merged]] = {
+    "mean": mean,
+    "task_arithmetic": task_arithmetic,
+    "dare": dare,
+    "ties": ties,
+    "consensus_ta": consensus_ta,
+    "metis": metis,
+    "iso_c": matrix_operator_elsewhere,
+    "tsv_m": matrix_operator_elsewhere,
+}
+# on matrices, float64
+MATRIX_REFERENCES: dict[str, Callable[..., Matrix]] = {"iso_c": iso_c, "tsv_m": tsv_m}
