@@ -11,8 +11,8 @@ from manyshot import kernels
 from manyshot.rundir import write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, Scratch, TileSource
-from manyshot.tensor_writer import write_tensors
-from manyshot.tensors import Checkpoint
+from manyshot.tensor_writer import shard_name, write_tensors
+from manyshot.tensors import INDEX_NAME, Checkpoint
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (4, 6), "norm.weight": (4,)}
 
@@ -28,6 +28,42 @@ def make_base(folder: Path, extra: Mapping[str, torch.Tensor] | None = None) -> 
     write_tensors(folder / "model.safetensors", tensors | dict(extra or {}))
     write_json(folder / "config.json", {"model_type": "none", "dtype": "float32"})
     return Checkpoint(folder)
+
+
+def write_model(
+    folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = 1 << 30, **config: object
+) -> Checkpoint:
+    """A model folder with these tensors, in as many shards as it takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in sorted(tensors.items()):
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = {shard_name(number, len(shards)): shard for number, shard in enumerate(shards, start=1)}
+    for file, shard in files.items():
+        write_tensors(folder / file, shard)
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        write_json(folder / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", {"model_type": "none", **config})
+    return Checkpoint(folder)
+
+
+def read_model(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model folder, with bits that nothing else holds on to."""
+    model = Checkpoint(folder)
+    return {name: model.read(name).clone() for name in model.names}
+
+
+def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    """Equal names, types, shapes and bits (so that −0 is not 0)."""
+    return one.keys() == two.keys() and all(
+        one[name].dtype == two[name].dtype
+        and one[name].shape == two[name].shape
+        and torch.equal(one[name].reshape(-1).view(torch.uint8), two[name].reshape(-1).view(torch.uint8))
+        for name in one
+    )
 
 
 def make_adapter(
