@@ -302,7 +302,7 @@ class _Work:
             self.tensors.setdefault(layer_of(name), []).append(name)
         for name in experts.base.names:
             info = experts.base.info(name)
-            if info.dtype.is_floating_point and name not in self.reader.left_out:
+            if info.is_float and name not in self.reader.left_out:
                 self.sizes[layer_of(name)] = self.sizes.get(layer_of(name), 0) + info.num_elements
         passes = 2 if settings.ranks else 1
         self.total = passes * sum(math.prod(self.reader.shape(name)) for name in self.reader.names())
