@@ -13,39 +13,62 @@ if TYPE_CHECKING:
     from manyshot.merge_command import MergeResult
 
 OPERATOR_HELP = "mean, task_arithmetic, dare, ties, consensus_ta, metis, iso_c, tsv_m, or an installed one."
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODELS… | RECIPE", help="Model folders or PEFT adapters; or one YAML file.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The merged model's folder.")]
+Base = Annotated[str | None, typer.Option("--base", help="The model that the others were trained from.")]
+OperatorName = Annotated[str | None, typer.Option("--operator", help=OPERATOR_HELP)]
+Weights = Annotated[str | None, typer.Option("--weights", help="One number per model: 0.5,0.3,0.2.")]
+Scaling = Annotated[float | None, typer.Option("--scaling", help="Multiplies the merged task vector.")]
+Density = Annotated[float | None, typer.Option("--density", help="Share of entries kept (dare, ties).")]
+TrimScope = Annotated[str | None, typer.Option("--trim-scope", help="tensor or model (ties).")]
+MaskThreshold = Annotated[float | None, typer.Option("--mask-threshold", help="δ (metis, consensus_ta).")]
+MinAgreement = Annotated[int | None, typer.Option("--min-agreement", help="k (metis, consensus_ta).")]
+Temperature = Annotated[str | None, typer.Option("--temperature", help="λ, or auto (metis).")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the operator.")
+]
+Validation = Annotated[
+    list[str] | None,
+    typer.Option("--validation", metavar="MODEL=FILE", help="Examples for a model's loss gap (metis)."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16; else the base's.")]
+ShardSize = Annotated[str | None, typer.Option("--shard-size", help="Largest file of weights: 5GB.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="As many as processors if not given.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="For what an operator draws.")]
+AllowCopy = Annotated[bool, typer.Option("--allow-copy", help="Tensors that do not fit stay the base's.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Merge NaN and Inf too.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a merged model that is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged folder and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def merge(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODELS… | RECIPE", help="Model folders or PEFT adapters; or one YAML file.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The merged model's folder.")],
-    base: Annotated[str | None, typer.Option("--base", help="The model that the others were trained from.")] = None,
-    operator: Annotated[str | None, typer.Option("--operator", help=OPERATOR_HELP)] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="One number per model: 0.5,0.3,0.2.")] = None,
-    scaling: Annotated[float | None, typer.Option("--scaling", help="Multiplies the merged task vector.")] = None,
-    density: Annotated[float | None, typer.Option("--density", help="Share of entries kept (dare, ties).")] = None,
-    trim_scope: Annotated[str | None, typer.Option("--trim-scope", help="tensor or model (ties).")] = None,
-    mask_threshold: Annotated[float | None, typer.Option("--mask-threshold", help="δ (metis, consensus_ta).")] = None,
-    min_agreement: Annotated[int | None, typer.Option("--min-agreement", help="k (metis, consensus_ta).")] = None,
-    temperature: Annotated[str | None, typer.Option("--temperature", help="λ, or auto (metis).")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the operator.")
-    ] = None,
-    validation: Annotated[
-        list[str] | None,
-        typer.Option("--validation", metavar="MODEL=FILE", help="Examples for a model's loss gap (metis)."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16; else the base's.")] = None,
-    shard_size: Annotated[str | None, typer.Option("--shard-size", help="Largest file of weights: 5GB.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="As many as processors if not given.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="For what an operator draws.")] = None,
-    allow_copy: Annotated[bool, typer.Option("--allow-copy", help="Tensors that do not fit stay the base's.")] = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Merge NaN and Inf too.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a merged model that is there.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged folder and nothing else.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    models: Models,
+    output: Output,
+    base: Base = None,
+    operator: OperatorName = None,
+    weights: Weights = None,
+    scaling: Scaling = None,
+    density: Density = None,
+    trim_scope: TrimScope = None,
+    mask_threshold: MaskThreshold = None,
+    min_agreement: MinAgreement = None,
+    temperature: Temperature = None,
+    settings: Settings = None,
+    validation: Validation = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = None,
+    allow_copy: AllowCopy = False,
+    allow_nonfinite: AllowNonfinite = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Merge models that exist already, once: folders or PEFT adapters, or what a (mergekit) YAML file names."""
     from manyshot.merge_command import merge as run_merge
@@ -53,6 +76,7 @@ def merge(
 
     named = {"scaling": scaling, "density": density, "trim_scope": trim_scope, "mask_threshold": mask_threshold}
     named |= {"min_agreement": min_agreement, "temperature": temperature}
+    top = {"dtype": dtype, "shard_size": shard_size, "seed": seed}
     recipe = recipe_from_flags(
         models,
         base=base,
@@ -60,7 +84,7 @@ def merge(
         settings=operator_settings(named, settings or []),
         weights=parse_weights(weights),
         validation=parse_pairs(validation or [], "--validation"),
-        top={key: value for key, value in (("dtype", dtype), ("shard_size", shard_size), ("seed", seed)) if value},
+        top={key: value for key, value in top.items() if value is not None},
     )
     show = _Bar(hidden=quiet or as_json)
     try:

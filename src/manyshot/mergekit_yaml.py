@@ -15,6 +15,8 @@ from manyshot.errors import RecipeError
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "name")
 PARAMETERS = ("weight", "density", "normalize", "lambda", "rescale", "int8_mask")
+# a model of its own has these; mergekit reads the others at the top only
+MODEL_PARAMETERS = ("weight", "density")
 # mergekit's own defaults where they differ by method
 NORMALIZES = {"linear": True, "ties": True}
 
@@ -35,16 +37,17 @@ def from_mergekit(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     models = raw.get("models")
     if not isinstance(models, list) or not all(isinstance(one, dict) and one.get("model") for one in models):
         raise RecipeError(f"{file}: models: needs a list of entries with 'model'")
-    shared = _parameters(raw.get("parameters"), f"{file}: parameters")
-    base = str(raw.get("base_model") or models[0]["model"])
-    if method != "linear" and "base_model" not in raw:
-        raise RecipeError(f"{file}: base_model: is missing; {method} needs it")
+    shared = _parameters(raw.get("parameters"), PARAMETERS, f"{file}: parameters")
+    base = _base(raw.get("base_model"), [str(one["model"]) for one in models], method, shared, file)
     own = []
     for one in models:
-        model, parameters = str(one["model"]), _parameters(one.get("parameters"), f"{file}: {one['model']}")
+        model, where = str(one["model"]), f"{file}: {one['model']}"
+        parameters = _parameters(one.get("parameters"), MODEL_PARAMETERS, where)
         # the base has no task vector; listing it is allowed there and means nothing
         if method == "linear" or model != base:
             own.append((_adapter(model, base, file), shared | parameters))
+    if not own:
+        raise RecipeError(f"{file}: models: there is nothing to merge into the base")
     notes = []
     if method.startswith("dare") and shared.get("rescale", True):
         notes.append("rescale: kept entries are divided by the density (the paper); mergekit restores each L1 norm")
@@ -57,15 +60,29 @@ def from_mergekit(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     }
 
 
-def _parameters(found: object, where: str) -> dict[str, Any]:
+def _base(named: object, models: list[str], method: str, shared: Mapping[str, Any], file: str) -> str:
+    """The model that task vectors are seen from; for a linear merge without one, the first."""
+    if named:
+        if method == "linear" and str(named) not in models:
+            raise RecipeError(
+                f"{file}: base_model: mergekit takes it as one more model of a linear merge; list it under models"
+            )
+        return str(named)
+    if method != "linear" or not models:
+        missing = "models: is empty" if not models else f"base_model: is missing; {method} needs it"
+        raise RecipeError(f"{file}: {missing}")
+    return models[0] if Path(models[0]).exists() else models[0].partition("+")[0]
+
+
+def _parameters(found: object, allowed: tuple[str, ...], where: str) -> dict[str, Any]:
     """Parameters as plain numbers; gradients and filters are refused."""
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise RecipeError(f"{where}: parameters are a mapping, found {type(found).__name__}")
     for key, value in found.items():
-        if key not in PARAMETERS:
-            raise RecipeError(f"{where}.{key}: cannot be taken; there are: {', '.join(PARAMETERS)}")
+        if key not in allowed:
+            raise RecipeError(f"{where}.{key}: cannot be taken; there are: {', '.join(allowed)}")
         if not isinstance(value, int | float | bool):
             raise RecipeError(f"{where}.{key}: a gradient or filter cannot be taken; 'overrides' are for that here")
     return dict(found)
@@ -121,12 +138,14 @@ def _operator(method: str, own: list[dict[str, Any]], shared: Mapping[str, Any],
 def expert_names(paths: list[str]) -> list[str]:
     """Short unlike names for models: the last part of each path, with as many parts before it as tell them apart."""
     parts = [[part for part in Path(path).parts if part not in ("/", ".", "..")] or ["model"] for path in paths]
-    longest = max(len(one) for one in parts)
-    for length in range(1, longest + 1):
-        names = ["-".join(one[-length:]) for one in parts]
+    for length in range(1, max(len(one) for one in parts) + 1):
+        names = [_clean("-".join(one[-length:])) for one in parts]
         if len(set(names)) == len(names):
-            break
-    else:
-        names = [f"{name}-{i + 1}" for i, name in enumerate(names)]
-    cleaned = [re.sub(r"[^A-Za-z0-9_.-]", "-", name) for name in names]
-    return [name if name[0].isalnum() else f"m{name}" for name in cleaned]
+            return names
+    return [f"{name}-{i + 1}" for i, name in enumerate(names)]
+
+
+def _clean(name: str) -> str:
+    """What a name may hold; it starts with a letter or digit."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    return name if re.match("[A-Za-z0-9]", name) else f"m{name}"
