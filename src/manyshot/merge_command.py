@@ -13,11 +13,13 @@ from typing import Any
 from manyshot.base_model import BaseModel, find_base_folder
 from manyshot.disk import disk_errors
 from manyshot.errors import RecipeError
+from manyshot.match import open_experts
 from manyshot.merge_models import MergeSettings, check_output, merge_models
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.merge_report import MergeReport
 from manyshot.mergekit_yaml import expert_names
 from manyshot.recipe_file import load_merge_recipe, merge_recipe_from_mapping, to_yaml
+from manyshot.tensors import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def merge(
         force=force,
     )
     with disk_errors(output, resumable=False):
+        if recipe.needs_gaps:  # what does not fit the base is found before anything is measured
+            open_experts(Checkpoint(base.path), experts, allow_copy=allow_copy)
         weights, gaps = _weights(recipe, base, device, say)
         record = {"recipe": recipe.model_dump(mode="json"), "base": base.name, **gaps}
         report = merge_models(
