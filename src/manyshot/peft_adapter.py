@@ -53,7 +53,7 @@ def read_adapter(folder: Path, base: Checkpoint, task: str) -> AdapterUpdate:
     weights = Checkpoint(folder / ADAPTER_WEIGHTS_NAME)
     where = f"model '{task}' ({folder})"
     sides: dict[tuple[str, str], dict[str, str]] = {}
-    whole: dict[str, str] = {}
+    held: dict[str, str] = {}
     for key in weights.names:
         name = key.removeprefix(PREFIX)
         for part, reason in REFUSED_PARTS.items():
@@ -64,14 +64,14 @@ def read_adapter(folder: Path, base: Checkpoint, task: str) -> AdapterUpdate:
         if match := LOW_RANK.match(name):
             sides.setdefault((match["module"], match["kind"] or ""), {})[match["side"]] = key
         else:
-            whole[_base_name(WRAPPERS.sub("", name), base, where)] = key
+            held[WRAPPERS.sub("", name)] = key
     factors = {}
     for (module, kind), pair in sides.items():
         if len(pair) != 2:
             raise ModelError(f"{where}: '{module}' has only one of the factors A and B")
         name = _base_name(f"{module}.weight", base, where)
         factors[name] = _factor(module, bool(kind), pair, weights, base.info(name).shape, config, f"{where}: {name}")
-    _check_whole(whole, weights, base, where)
+    whole = _match_whole(held, set(factors), weights, base, where)
     return AdapterUpdate(AdapterFactors(folder, FactorTable(factors, whole)))
 
 
@@ -148,10 +148,45 @@ def _by_pattern(patterns: dict[str, float], module: str, default: float) -> floa
     return default
 
 
-def _check_whole(whole: dict[str, str], weights: Checkpoint, base: Checkpoint, where: str) -> None:
-    for name, key in whole.items():
-        if weights.info(key).shape != base.info(name).shape:
+def _match_whole(
+    held: dict[str, str], adapted: set[str], weights: Checkpoint, base: Checkpoint, where: str
+) -> dict[str, str]:
+    """Tensors that the adapter holds whole, by the base's names.
+
+    Where the base ties its head to the embedding, an adapter trains both as one and then holds both; or else it unties
+    them, which the base's configuration would undo.
+    """
+    config = read_json(base.path / "config.json") if (base.path / "config.json").is_file() else {}
+    tied = bool(config.get("tie_word_embeddings"))
+    whole: dict[str, str] = {}
+    twins: set[str] = set()
+    for name, key in held.items():
+        same = [other for other in held.values() if other != key and _equal(weights, key, weights, other)]
+        if tied and name not in base and same:
+            twins |= {key, *same}
+        else:
+            whole[_base_name(name, base, where)] = key
+    for name, key in list(whole.items()):
+        shape = weights.info(key).shape
+        if shape != base.info(name).shape:
             raise ModelError(
-                f"{where}: tensor '{name}' has shape {weights.info(key).shape}, the base {base.path} has "
-                f"{base.info(name).shape}"
+                f"{where}: tensor '{name}' has shape {shape}, the base {base.path} has {base.info(name).shape}"
             )
+        if name in adapted:  # PEFT saves what lies below an adapted embedding or head
+            if not _equal(weights, key, base, name):
+                raise ModelError(f"{where}: it was trained on a base whose '{name}' is not that of {base.path}")
+            del whole[name]
+        elif tied and len(shape) == 2 and shape[0] == config.get("vocab_size") and key not in twins:
+            raise ModelError(
+                f"{where}: tensor '{name}' was trained apart from the output head, and the base ties both into one "
+                "tensor; train with ensure_weight_tying"
+            )
+    return whole
+
+
+def _equal(one: Checkpoint, name: str, two: Checkpoint, other: str) -> bool:
+    """Whether two tensors have the same values, in the type of the first."""
+    if one.info(name).shape != two.info(other).shape:
+        return False
+    first = one.read(name)
+    return bool((first == two.read(other).to(first.dtype)).all())
