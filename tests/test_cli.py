@@ -22,7 +22,7 @@ from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe
 from manyshot.starter import starter_recipe
 
-COMMANDS = ("run", "demo", "init", "validate", "plan", "status")
+COMMANDS = ("run", "demo", "merge", "inspect", "init", "validate", "plan", "status")
 
 
 @pytest.fixture
@@ -74,6 +74,15 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
     expected = {
         "run": {"--output", "--resume", "--force", "--quiet", "--json"},
         "demo": {"--output", "--resume", "--force", "--quiet", "--json"},
+        "merge": {
+            *{"--output", "--base", "--operator", "--weights", "--scaling", "--density", "--trim-scope", "--seed"},
+            *{"--mask-threshold", "--min-agreement", "--temperature", "--set", "--validation", "--dtype", "--json"},
+            *{"--shard-size", "--device", "--threads", "--allow-copy", "--allow-nonfinite", "--force", "--quiet"},
+        },
+        "inspect": {
+            *{"--base", "--round", "--reference", "--mask-threshold", "--min-agreement", "--ranks", "--no-ranks"},
+            *{"--rank-limit", "--threads", "--png", "--json"},
+        },
         "init": {"--force"},
         "validate": {"--json"},
         "plan": {"--json"},

@@ -59,7 +59,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_CALL", {})
+            patch.setattr(kernels._native, "CALL", {})
             assert not kernels.compiled()
             return function(*arguments, **options)
 

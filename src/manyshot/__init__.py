@@ -9,12 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manyshot.api import merge as merge
     from manyshot.api import run as run
     from manyshot.errors import ManyshotError as ManyshotError
+    from manyshot.merge_recipe import MergeRecipe as MergeRecipe
     from manyshot.operators import OPERATORS as OPERATORS
+    from manyshot.operators import ConsensusTA as ConsensusTA
+    from manyshot.operators import Dare as Dare
+    from manyshot.operators import IsoC as IsoC
+    from manyshot.operators import MatrixOperator as MatrixOperator
     from manyshot.operators import Mean as Mean
     from manyshot.operators import Metis as Metis
     from manyshot.operators import Operator as Operator
+    from manyshot.operators import TaskArithmetic as TaskArithmetic
+    from manyshot.operators import Ties as Ties
+    from manyshot.operators import Tile as Tile
+    from manyshot.operators import TsvM as TsvM
+    from manyshot.operators import merge_whole as merge_whole
     from manyshot.recipe import Recipe as Recipe
     from manyshot.recipe_file import load_recipe as load_recipe
     from manyshot.run import RunResult as RunResult
@@ -23,26 +34,48 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "run": "manyshot.api",
+    "merge": "manyshot.api",
     "RunResult": "manyshot.run",
     "Recipe": "manyshot.recipe",
+    "MergeRecipe": "manyshot.merge_recipe",
     "load_recipe": "manyshot.recipe_file",
     "ManyshotError": "manyshot.errors",
     "OPERATORS": "manyshot.operators",
-    "Operator": "manyshot.operators",
+    "ConsensusTA": "manyshot.operators",
+    "Dare": "manyshot.operators",
+    "IsoC": "manyshot.operators",
+    "MatrixOperator": "manyshot.operators",
     "Mean": "manyshot.operators",
     "Metis": "manyshot.operators",
+    "Operator": "manyshot.operators",
+    "TaskArithmetic": "manyshot.operators",
+    "Ties": "manyshot.operators",
+    "Tile": "manyshot.operators",
+    "TsvM": "manyshot.operators",
+    "merge_whole": "manyshot.operators",
 }
 
 __all__ = [
     "OPERATORS",
+    "ConsensusTA",
+    "Dare",
+    "IsoC",
     "ManyshotError",
+    "MatrixOperator",
     "Mean",
+    "MergeRecipe",
     "Metis",
     "Operator",
     "Recipe",
     "RunResult",
+    "TaskArithmetic",
+    "Ties",
+    "Tile",
+    "TsvM",
     "__version__",
     "load_recipe",
+    "merge",
+    "merge_whole",
     "run",
 ]
 

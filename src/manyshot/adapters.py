@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from manyshot.errors import MergeError
 from manyshot.reading import check_updates
@@ -14,6 +13,9 @@ from manyshot.rundir import atomic_file, atomic_folder
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, AdapterUpdate, StoredTaskVector
 from manyshot.tensor_writer import SafetensorsWriter, write_tensors
 from manyshot.tensors import Checkpoint, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_adapter(output: Path, like: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -26,9 +28,11 @@ def write_adapter(output: Path, like: Path, tensors: dict[str, torch.Tensor]) ->
 
 def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
     """Write s·B·A of an adapter as a dense task vector, float32."""
+    import torch
+
     factors = AdapterFactors(adapter)
     check_updates(pretrained, ["merged"], [AdapterUpdate(factors)])
-    infos = {name: TensorInfo(factors.shape(name), torch.float32) for name in factors.names}
+    infos = {name: TensorInfo(factors.shape(name), "F32") for name in factors.names}
     with atomic_file(output) as stream, SafetensorsWriter(stream, infos) as writer:
         for name, info in infos.items():
             dense = factors.rows(name, 0, info.shape[0])
@@ -39,6 +43,8 @@ def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
 
 def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path) -> None:
     """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`)."""
+    import torch
+
     sources = [AdapterFactors(adapter).weights for adapter in adapters]
     averaged = {}
     for name in sources[0].names:
@@ -51,6 +57,8 @@ def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output:
 
 def truncate_to_adapter(task_vector: StoredTaskVector, like: Path, output: Path) -> None:
     """Write the top singular vectors of Θʳ − Θ⁰ as an adapter folder (`adapter_start: svd`), at the rank of `like`."""
+    import torch
+
     shape_source = AdapterFactors(like)
     tensors = {}
     for name, factor in shape_source.factors.items():

@@ -1,16 +1,19 @@
-"""`manyshot.run(recipe)`: the whole thing from Python."""
+"""`manyshot.run(recipe)` and `manyshot.merge(recipe)`: what the commands do, from Python."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from manyshot.progress import Listener
+from manyshot.merge_recipe import MergeRecipe
 from manyshot.recipe import Recipe
-from manyshot.recipe_file import load_recipe, recipe_from_mapping
-from manyshot.run import RunResult
-from manyshot.run import run as run_recipe
+from manyshot.recipe_file import load_merge_recipe, load_recipe, merge_recipe_from_mapping, recipe_from_mapping
+
+if TYPE_CHECKING:
+    from manyshot.merge_command import MergeResult
+    from manyshot.progress import Listener
+    from manyshot.run import RunResult
 
 
 def run(
@@ -26,6 +29,8 @@ def run(
     `recipe` is a Recipe, a mapping with the recipe's keys, or the path of a recipe file. `output` is the run folder
     (default: runs/<name of the file>, or runs/run). Raises manyshot.ManyshotError for input that cannot be used.
     """
+    from manyshot.run import run as run_recipe
+
     name = "run"
     if isinstance(recipe, str | Path):
         name = Path(recipe).stem
@@ -34,3 +39,25 @@ def run(
         recipe = recipe_from_mapping(recipe)
     folder = Path(output) if output is not None else Path("runs") / name
     return run_recipe(recipe, folder, resume=resume, force=force, listener=listener, command="manyshot.run(…)")
+
+
+def merge(
+    recipe: MergeRecipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+) -> MergeResult:
+    """Merge models that exist already, once, into the model folder `output`; returns weights and report.
+
+    `recipe` is a MergeRecipe, a mapping with its keys (base, experts, operator, …), or the path of a file, ours or
+    mergekit's. Raises manyshot.ManyshotError for input that cannot be used; then nothing is left under `output`.
+    """
+    from manyshot.merge_command import merge as merge_recipe
+
+    if isinstance(recipe, str | Path):
+        recipe = load_merge_recipe(Path(recipe))
+    elif not isinstance(recipe, MergeRecipe):
+        recipe = merge_recipe_from_mapping(recipe)
+    return merge_recipe(recipe, Path(output), device=device, threads=threads, force=force)

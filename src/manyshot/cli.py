@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 
 
 app.command()(merge)
+app.command()(inspect)
 
 
 @app.command()

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-import torch
 
 from manyshot.task_vector import Scratch
 
@@ -58,6 +57,10 @@ def default_threads() -> int:
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's own operations on one thread each, in threads begun meanwhile too: the pool's threads are enough."""
+    torch = sys.modules.get("torch")  # where nothing has loaded it, nothing is going to use it here
+    if torch is None:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

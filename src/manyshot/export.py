@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, tile_entries
 from manyshot.rundir import atomic_folder, require_space, write_json
 from manyshot.task_vector import Scratch, StoredTaskVector, read_wide
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter, plan_shards, shard_name, write_index
-from manyshot.tensors import Checkpoint, TensorInfo
+from manyshot.tensors import Checkpoint, TensorInfo, kind_of
 
 WEIGHT_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt")
 
@@ -25,7 +23,7 @@ def export_model(
     task_vector: StoredTaskVector,
     output: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     finish: Callable[[Path], None] | None = None,
     threads: int | None = None,
@@ -40,7 +38,7 @@ def export_model(
 
         def work(piece: Piece, scratch: Scratch) -> None:
             if piece.name not in task_vector:
-                copy_piece(pretrained, piece, infos[piece.name].dtype, writer, scratch)
+                copy_piece(pretrained, piece, infos[piece.name], writer, scratch)
                 return
             before_P, added_P = scratch.take("before", piece.count), scratch.take("added", piece.count)
             read_wide(pretrained, piece.name, piece.start, before_P, scratch)
@@ -53,12 +51,18 @@ def export_model(
 
 
 def copy_piece(
-    checkpoint: Checkpoint, piece: Piece, dtype: torch.dtype, writer: PositionedWriter, scratch: Scratch
+    checkpoint: Checkpoint, piece: Piece, info: TensorInfo, writer: PositionedWriter, scratch: Scratch
 ) -> None:
     """Hand a piece of a stored tensor on unchanged, or cast once."""
-    stored_P = scratch.take("stored", piece.count, checkpoint.info(piece.name).dtype)
+    stored = checkpoint.info(piece.name)
+    if stored.kind == info.kind:
+        data = scratch.array("bytes", piece.count * info.itemsize, "uint8").data
+        checkpoint.read_bytes(piece.name, piece.start, data)
+        writer.write_bytes(piece.name, piece.start, data)
+        return
+    stored_P = scratch.take("stored", piece.count, stored.dtype)
     checkpoint.read_entries(piece.name, piece.start, stored_P)
-    writer.write(piece.name, piece.start, stored_P.to(dtype))
+    writer.write(piece.name, piece.start, stored_P.to(info.dtype))
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def open_model_folder(
     base: Path,
     output: Path,
     infos: Mapping[str, TensorInfo],
-    dtype: torch.dtype | None,
+    dtype: str | None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     finish: Callable[[Path], None] | None = None,
 ) -> Iterator[PositionedWriter]:
@@ -86,11 +90,11 @@ def open_model_folder(
             finish(folder)
 
 
-def output_info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
+def output_info(info: TensorInfo, dtype: str | None) -> TensorInfo:
+    return TensorInfo(info.shape, kind_of(f"torch.{dtype}")) if dtype is not None and info.is_float else info
 
 
-def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+def copy_side_files(source: Path, folder: Path, dtype: str | None) -> None:
     """Copy everything of a model folder that is not weights; a changed output type is said in config.json."""
     for file in sorted(source.iterdir()):
         skipped = file.name.endswith((*WEIGHT_FILE_SUFFIXES, ".index.json")) or file.name in (
@@ -102,5 +106,5 @@ def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None) -> No
     if dtype is not None:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = dtype
         write_json(folder / "config.json", config)

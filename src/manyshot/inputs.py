@@ -149,7 +149,7 @@ def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
     dtype = recipe.merge.output_dtype
     width = getattr(torch, dtype).itemsize if dtype else None
     infos = [checkpoint.info(name) for name in checkpoint.names]
-    merged = sum(info.num_elements * (width or info.dtype.itemsize) for info in infos)
+    merged = sum(info.num_elements * (width or info.itemsize) for info in infos)
     dense = 4 * inputs.changed_entries
     experts = len(inputs.tasks) * dense if recipe.local_update.method == "full" else 0
     require_space(folder.path, num_left * (merged + dense + experts), f"what {num_left} rounds will write")

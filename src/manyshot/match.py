@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from manyshot.errors import ModelError
 from manyshot.peft_adapter import is_adapter, read_adapter
 from manyshot.rundir import read_json
 from manyshot.task_vector import ModelUpdate, Update
 from manyshot.tensors import Checkpoint
 
-EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
 def open_experts(base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: bool = False) -> tuple[Update, ...]:
@@ -46,7 +44,7 @@ def match_model(task: str, expert: Checkpoint, base: Checkpoint, *, allow_copy: 
     stored_as: dict[str, str] = {}
     for name in base.names:
         info = base.info(name)
-        if not info.dtype.is_floating_point:
+        if not info.is_float:
             continue  # copied from the base
         source = name if name in expert else _tied_to(base, name, expert)
         if source is not None and expert.info(source).shape == info.shape and _is_float(expert, source):
@@ -63,14 +61,14 @@ def match_model(task: str, expert: Checkpoint, base: Checkpoint, *, allow_copy: 
 
 
 def _is_float(checkpoint: Checkpoint, name: str) -> bool:
-    return checkpoint.info(name).dtype.is_floating_point
+    return checkpoint.info(name).is_float
 
 
 def _difference(name: str, source: str | None, expert: Checkpoint, base: Checkpoint) -> str:
     if source is None:
         return f"tensor '{name}' of the base {base.path}, shape {base.info(name).shape}, is missing"
     if not _is_float(expert, source):
-        return f"tensor '{name}' is of type {expert.info(source).dtype}, in the base of {base.info(name).dtype}"
+        return f"tensor '{name}' is of type {expert.info(source).kind}, in the base of {base.info(name).kind}"
     return f"tensor '{name}' has shape {expert.info(source).shape}, the base {base.path} has {base.info(name).shape}"
 
 
@@ -87,6 +85,8 @@ def same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
     info = checkpoint.info(one)
     if info != checkpoint.info(two) or len(info.shape) != 2:
         return False
+    import torch
+
     first, second = checkpoint.read(one), checkpoint.read(two)
     # one row tells nearly every pair apart
     return bool(
@@ -129,10 +129,10 @@ def refuse_untied(tied: Mapping[str, str], tasks: Sequence[str], updates: Sequen
 def refuse_quantized(path: Path, base: Checkpoint, what: str) -> None:
     """A quantised checkpoint's integers cannot be added to; merge the full-precision model it was made from."""
     config = _config(path).get("quantization_config")
-    narrow = [name for name in base.names if base.info(name).dtype in EIGHT_BIT_FLOATS]
+    narrow = [name for name in base.names if base.info(name).kind in EIGHT_BIT_FLOATS]
     if config or narrow:
         found = (
-            f"tensor '{narrow[0]}' has type {base.info(narrow[0]).dtype}" if narrow else "it says quantization_config"
+            f"tensor '{narrow[0]}' has type {base.info(narrow[0]).kind}" if narrow else "it says quantization_config"
         )
         raise ModelError(f"{what}: {path} is quantised ({found}); merge the full-precision model it was made from")
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from manyshot import kernels
 from manyshot.adapters import write_adapter
@@ -24,6 +23,9 @@ from manyshot.stream import MergeStream
 from manyshot.task_vector import AdapterFactors, FactorEntries, Scratch, StoredTaskVector, Update
 from manyshot.tensor_writer import PositionedWriter
 from manyshot.tensors import Checkpoint, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _merge_into(
     if len(weights) != len(reader.tasks):
         raise MergeError(f"{len(weights)} weights for {len(reader.tasks)} tasks")
     plan = operator if isinstance(operator, OperatorPlan) else OperatorPlan(operator)
-    infos = {name: TensorInfo(reader.shape(name), torch.float32) for name in reader.names()}
+    infos = {name: TensorInfo(reader.shape(name), "F32") for name in reader.names()}
     partial = output.with_name(output.name + PARTIAL)
     with atomic_file(output), PositionedWriter({partial: infos}) as writer:
         sink = _TaskVectorSink(writer, reader.reference, outer)
@@ -125,8 +127,8 @@ class _TaskVectorSink:
     def target(self, name: str) -> Target | None:
         if (self.outer.step_size, self.outer.momentum) != (1, 0):
             return None
-        file, begin, dtype = self.writer.place(name)
-        return Target(AS_IT_IS if self.reference == "pretrained" else ADD_TO_START, dtype, file, begin)
+        file, begin, kind = self.writer.place(name)
+        return Target(AS_IT_IS if self.reference == "pretrained" else ADD_TO_START, kind, file, begin)
 
     def wrote(self, piece: Piece, bad: bool) -> None:
         self.writer.wrote(piece.name, piece.count)

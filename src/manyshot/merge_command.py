@@ -129,14 +129,12 @@ def merge(
 
     Raises ManyshotError for every input that cannot be used, before anything is written.
     """
-    import torch
-
     _open_many_files()
     base = find_base_folder(recipe.base)
     experts = {name: find_base_folder(expert.path, need_config=False).path for name, expert in recipe.experts.items()}
     check_output(output, [base.path, *experts.values()], force=force)
     settings = MergeSettings(
-        dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
+        dtype=recipe.dtype,
         shard_bytes=recipe.shard_size,
         device=_device(device),
         threads=threads,
@@ -173,6 +171,8 @@ def _weights(
 
 def _device(device: str) -> str:
     """`auto` is a GPU where there is one. Raises RecipeError for a device that is not there."""
+    if device == "cpu":
+        return device
     import torch
 
     if device == "auto":

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, tile_entries
 from manyshot.errors import MergeError, RunFolderError
 from manyshot.export import copy_piece, open_model_folder, output_info
-from manyshot.kernels.pieces import ADD_TO_BASE, Target
+from manyshot.kernels.pieces import ADD_TO_BASE, STORED, Target
 from manyshot.match import open_experts, refuse_untied, tied_duplicates
 from manyshot.merge import refuse_empty
 from manyshot.merge_report import MergeReport
@@ -27,6 +26,9 @@ from manyshot.task_vector import Scratch
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter
 from manyshot.tensors import Checkpoint, TensorInfo
 
+if TYPE_CHECKING:
+    import torch
+
 RECORD_NAME = "merge.json"
 
 
@@ -34,7 +36,7 @@ RECORD_NAME = "merge.json"
 class MergeSettings:
     """How to merge and write; nothing in it changes the merged values but `dtype`, `seed` and the two permissions."""
 
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     device: str = "cpu"
     threads: int | None = None
@@ -109,7 +111,7 @@ def copy_tensors(
 ) -> None:
     """Hand tensors on as they are, cast where `infos` says another type."""
     pieces = [piece for name, info in infos.items() for piece in cut(name, info.shape, tile_entries(1))]
-    pool.map(lambda piece, scratch: copy_piece(checkpoint, piece, infos[piece.name].dtype, writer, scratch), pieces)
+    pool.map(lambda piece, scratch: copy_piece(checkpoint, piece, infos[piece.name], writer, scratch), pieces)
 
 
 class _ModelSink:
@@ -119,8 +121,8 @@ class _ModelSink:
         self.writer, self.infos, self.allow_nonfinite = writer, infos, allow_nonfinite
 
     def target(self, name: str) -> Target | None:
-        file, begin, dtype = self.writer.place(name)
-        return Target(ADD_TO_BASE, dtype, file, begin) if dtype in kernels.STORED else None
+        file, begin, kind = self.writer.place(name)
+        return Target(ADD_TO_BASE, kind, file, begin) if kind in STORED else None
 
     def wrote(self, piece: Piece, bad: bool) -> None:
         self.writer.wrote(piece.name, piece.count)
@@ -137,7 +139,7 @@ class _ModelSink:
     def _check(self, piece: Piece, bad: bool) -> None:
         if bad and not self.allow_nonfinite:
             raise MergeError(
-                f"tensor '{piece.name}': the merged model holds NaN or Inf in {self.infos[piece.name].dtype}; "
+                f"tensor '{piece.name}': the merged model holds NaN or Inf in {self.infos[piece.name].kind}; "
                 "--dtype float32 has a wider range, --allow-nonfinite writes it all the same"
             )
 

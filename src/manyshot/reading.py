@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from manyshot import kernels
 from manyshot.engine import Piece
@@ -18,6 +16,9 @@ from manyshot.kernels import Source
 from manyshot.kernels.pieces import Input
 from manyshot.task_vector import Scratch, StoredTaskVector, TileSource, Update, read_wide, stored_source
 from manyshot.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 Reference = Literal["pretrained", "start"]
 
@@ -56,7 +57,7 @@ class TaskVectorReader:
         """The tensors that a merge changes: float tensors that an expert or the start changed, sorted."""
         changed = {name for update in self.updates for name in update.names}
         if self.pretrained is not None:
-            changed = {name for name in changed if self.pretrained.info(name).dtype.is_floating_point}
+            changed = {name for name in changed if self.pretrained.info(name).is_float}
         return tuple(sorted((changed | set(self.start.names if self.start else ())) - self.left_out))
 
     def shape(self, name: str) -> tuple[int, ...]:

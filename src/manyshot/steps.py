@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
 from manyshot.base_model import BaseModel
 from manyshot.evaluate import MeasureJob, multi_task_loss, run_measure
@@ -220,7 +218,7 @@ def merge(
                 pretrained,
                 StoredTaskVector(folder / "task_vector.safetensors"),
                 folder / "merged",
-                dtype=getattr(torch, dtype) if dtype else None,
+                dtype=dtype,
             )
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
     return Merged(state, report["kept_share"], start_from, {"task_vector.safetensors": report["digest"]})

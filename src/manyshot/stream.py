@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
@@ -24,6 +24,12 @@ from manyshot.merge_report import MergeReport, TileSums, add_up
 from manyshot.operators import MatrixOperator, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
 from manyshot.reading import TaskVectorReader, TileData
 from manyshot.task_vector import Scratch
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 # entries of a piece that the compiled kernels take at once
 PIECE_ENTRIES = 1 << 18
@@ -81,20 +87,26 @@ class MergeStream:
     ) -> None:
         self.reader, self.plan, self.sink, self.pool = reader, plan, sink, pool
         self.weights, self.seed_parts = tuple(weights), tuple(seed_parts)
-        self.device, self.pairs = torch.device(device), pairs
+        self.device, self.pairs = device, pairs
         self.num_tasks = len(reader.tasks)
         self._routes: dict[str, _Route] = {}
-        self._arena: torch.Tensor | None = None
-        self._weights_T: dict[Operator, torch.Tensor] = {}
+        self._arena: Floats | None = None
+        self._weights_T: dict[Operator, Floats] = {}
 
     def run(self) -> MergeReport:
         """Merge every tensor that some expert changed."""
+        self._load_torch()
         gc.freeze()  # what the imports left need not be searched again and again while tiles come and go
         try:
             with one_torch_thread():
                 return add_up(self.reader.tasks, self._run(), pairs=self.pairs)
         finally:
             gc.unfreeze()
+
+    def _load_torch(self) -> None:
+        """Where some tensor goes step by step, torch is needed: before the pool sets how many threads it uses."""
+        if any(self._route(name).compiled is None for name in self.reader.names()):
+            import torch  # noqa: F401
 
     def _run(self) -> list[TileSums]:
         elementwise, matrices = [], []
@@ -124,7 +136,7 @@ class MergeStream:
         route = self._routes.get(name)
         if route is None:
             route = _Route(operator := self.plan.for_tensor(name))
-            target = self.sink.target(name) if _has_steps(operator) and self.device.type == "cpu" else None
+            target = self.sink.target(name) if _has_steps(operator) and self.device == "cpu" else None
             if target is not None:
                 route = _Route(operator, self.reader.compiled_input(name), target)
             self._routes[name] = route
@@ -145,7 +157,7 @@ class MergeStream:
         if len(group) > 1 or route.compiled is None or self.num_tasks * entries > CACHE_ENTRIES:
             return
         if self._arena is None:
-            self._arena = torch.empty(CACHE_ENTRIES)
+            self._arena = np.empty(CACHE_ENTRIES, np.float32)
         cache = self._arena[: self.num_tasks * entries].reshape(self.num_tasks, entries)
         self._routes[group[0]] = replace(route, compiled=replace(route.compiled, cache=cache))
 
@@ -160,14 +172,15 @@ class MergeStream:
         if not state.done and isinstance(state, TrimScan):  # whose first pass fills the cache
             self._open_cache(group)
         while not state.done:
-            by_thread: dict[int, torch.Tensor] = {}
+            by_thread: dict[int, Counts] = {}
 
-            def count(piece: Piece, scratch: Scratch, by_thread: dict[int, torch.Tensor] = by_thread) -> list[int]:
+            def count(piece: Piece, scratch: Scratch, by_thread: dict[int, Counts] = by_thread) -> list[int]:
                 # counts of each thread's own: integers, so their order does not matter
                 counts = None if state.per_tile else by_thread.get(id(scratch))
                 if counts is None:
                     shape = state.counts_shape()
-                    counts = scratch.take("counts", math.prod(shape), torch.int64).zero_().reshape(shape)
+                    counts = scratch.array("counts", math.prod(shape), "int64").reshape(shape)
+                    counts[...] = 0
                     by_thread[id(scratch)] = counts
                 self._observe(piece, scratch, state, counts)
                 return counts.tolist() if state.per_tile else []
@@ -178,7 +191,7 @@ class MergeStream:
                 for piece, counted in zip(pieces, tiles, strict=True):
                     scan.preceding[piece] = tuple(running)
                     running = [total + more for total, more in zip(running, counted, strict=True)]
-                state.advance(torch.tensor(running))
+                state.advance(np.array(running))
             else:
                 total, *others = by_thread.values()
                 for counts in others:
@@ -186,12 +199,12 @@ class MergeStream:
                 state.advance(total)
         return scan
 
-    def _observe(self, piece: Piece, scratch: Scratch, state: Scan, counts: torch.Tensor) -> None:
+    def _observe(self, piece: Piece, scratch: Scratch, state: Scan, counts: Counts) -> None:
         compiled = self._route(piece.name).compiled
         if compiled is None or not isinstance(state, TrimScan):
             state.observe(self.reader.read(piece, scratch).task_vectors_TP, counts)
             return
-        buffer = scratch.take("compiled", compiled.scratch_floats)
+        buffer = scratch.array("compiled", compiled.scratch_floats)
         with _input_named(piece):
             bad = scan_piece(
                 *(compiled, piece.start, piece.count, buffer), stage=state.stage, words=state.words, counts=counts
@@ -210,7 +223,7 @@ class MergeStream:
             if route.compiled is not None and route.target is not None:
                 return self._merge_compiled(piece, scratch, route.operator, route.compiled, route.target, tile)
             data = self.reader.read(piece, scratch)
-            weights_T = self._weights(route.operator)
+            weights_T = self._weights_tensor(route.operator)
             kept_P = route.operator.merge(self._move(data.task_vectors_TP), weights_T, tile).cpu()
             return self._finish(piece, data, kept_P, scratch)
 
@@ -224,7 +237,7 @@ class MergeStream:
         with _input_named(piece):
             done = merge_piece(
                 *(given, operation, self._weights(operator), target, piece.start, piece.count),
-                scratch.take("compiled", given.scratch_floats),
+                scratch.array("compiled", given.scratch_floats),
                 pairs=self.pairs,
                 keys=tile.keys,
                 thresholds=trim.thresholds if trim else (),
@@ -241,6 +254,8 @@ class MergeStream:
         pieces = cut(name, shape, tile_entries(self.num_tasks))
         if not pieces:
             return []
+        import torch
+
         buffer = torch.empty(shape)
 
         def matrix(task: int) -> torch.Tensor:
@@ -253,7 +268,7 @@ class MergeStream:
             return self._move(buffer)
 
         # on one thread, since the bits of a decomposition depend on their number
-        kept = operator.merge_matrix((matrix(task) for task in range(self.num_tasks)), self._weights(operator))
+        kept = operator.merge_matrix((matrix(task) for task in range(self.num_tasks)), self._weights_tensor(operator))
         kept_flat = kept.cpu().contiguous().reshape(-1)
 
         def work(piece: Piece, scratch: Scratch) -> TileSums:
@@ -267,14 +282,19 @@ class MergeStream:
         squares = self.sink.write(piece, data, kept_P, scratch)
         return TileSums(piece, *kernels.tally(data.task_vectors_TP, kept_P, pairs=self.pairs), *squares)
 
-    def _weights(self, operator: Operator) -> torch.Tensor:
+    def _weights(self, operator: Operator) -> Floats:
         if operator not in self._weights_T:
             weights = self.plan.weights_for(operator, self.weights)
-            self._weights_T[operator] = torch.tensor(weights, dtype=torch.float32, device=self.device)
+            self._weights_T[operator] = np.array(weights, np.float32)
         return self._weights_T[operator]
 
+    def _weights_tensor(self, operator: Operator) -> torch.Tensor:
+        import torch
+
+        return self._move(torch.from_numpy(self._weights(operator)))
+
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return tensor if self.device == "cpu" else tensor.to(self.device)
 
     def _keys(self, name: str) -> tuple[int, ...]:
         return tuple(tile_key(*self.seed_parts, task, name) for task in self.reader.tasks)

@@ -1,5 +1,8 @@
 """Task vectors without dense experts: θ_τ − Θʳ⁻¹, some entries of one tensor at a time, in float32.
 
+if TYPE_CHECKING:
+    import torch
+
 An expert is stored as what its local update changed: LoRA factors, or a whole model folder. Its update is exact:
 s·B·A for an adapter that started from zero, s·B·A − s·B₀·A₀ for one that started from factors (B₀, A₀).
 Names: O = output rows, I = input columns, R = rank, N = rows, P = entries of a tile.
@@ -11,15 +14,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 
 from manyshot import kernels
 from manyshot.errors import ModelError
-from manyshot.kernels import pieces
+from manyshot.kernels import Source, pieces
 from manyshot.rundir import read_json
 from manyshot.tensors import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 FACTORS_NAME = "factors.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -31,11 +37,22 @@ class Scratch:
     """Buffers of one thread, by name; used again for every tile, so that no tile pays for fresh memory."""
 
     def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._views: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
-    def take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(count,) entries of the buffer `name`, with whatever was in it."""
+    def array(self, name: str, count: int, dtype: str = "float32") -> np.ndarray[Any, Any]:
+        """(count,) numpy entries of the buffer `name`, with whatever was in it."""
+        found = self._arrays.get(name)
+        if found is None or len(found) < count or found.dtype != dtype:
+            found = self._arrays[name] = np.empty(count, dtype)
+        return found[:count]
+
+    def take(self, name: str, count: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(count,) entries of the buffer `name`, float32 when no type is given, with whatever was in it."""
+        import torch
+
+        dtype = dtype or torch.float32
         view = self._views.get((name, count, dtype))
         if view is None:
             buffer = self._buffers.get((name, dtype))
@@ -50,16 +67,16 @@ class Scratch:
 class TileSource:
     """Where the compiled kernels read a tensor, and the object that must live as long as they do."""
 
-    source: kernels.Source
+    source: Source
     owner: object
 
 
 def stored_source(checkpoint: Checkpoint, name: str) -> TileSource | None:
     """A stored tensor as the compiled kernels read it; None where they cannot."""
-    dtype = checkpoint.info(name).dtype
-    if dtype not in kernels.STORED:
+    kind = checkpoint.info(name).kind
+    if kind not in pieces.STORED:
         return None
-    return TileSource(pieces.stored(dtype, checkpoint.descriptor(name), checkpoint.offset(name)), checkpoint)
+    return TileSource(pieces.stored(kind, checkpoint.descriptor(name), checkpoint.offset(name)), checkpoint)
 
 
 class Update(Protocol):
@@ -141,6 +158,8 @@ class AdapterFactors:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of ΔW, float32."""
         columns = self.shape(name)[1]
+        import torch
+
         out_P = torch.empty((stop - start) * columns)
         self.read_product(name, start * columns, out_P)
         return out_P.reshape(stop - start, columns)
@@ -149,6 +168,8 @@ class AdapterFactors:
         """The factors of a tensor in float32, as the two matrices whose product is ΔW/s in its stored layout."""
         found = self._cache.get(name)
         if found is None:
+            import torch
+
             factor = self.factors[name]
             a_RI = self.weights.read(factor.lora_a).float()
             b_OR = self.weights.read(factor.lora_b).float()
@@ -240,6 +261,8 @@ def read_wide(checkpoint: Checkpoint, name: str, start: int, out_P: torch.Tensor
 
 def read_dense(update: Update, name: str, before: torch.Tensor | None = None) -> torch.Tensor:
     """The whole update of one tensor, float32, in its shape: for a look at it, not for merging."""
+    import torch
+
     shape = update.shape(name)
     out_P = torch.empty(math.prod(shape))
     update.read(name, 0, None if before is None else before.float().reshape(-1), out_P, Scratch())

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
-
-import torch
+from typing import IO, TYPE_CHECKING
 
 from manyshot.errors import ModelError
 from manyshot.rundir import PARTIAL, atomic_file, name_file, write_json
-from manyshot.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, TensorInfo
+from manyshot.tensors import INDEX_NAME, SINGLE_NAME, TensorInfo, kind_of
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 FLUSH_BYTES = 1 << 27
@@ -32,7 +33,7 @@ def make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]
     begins = {}
     for name, info in infos.items():
         header[name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
+            "dtype": info.kind,
             "shape": list(info.shape),
             "data_offsets": [offset, offset + info.num_bytes],
         }
@@ -53,9 +54,11 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         expected, info = self._pending.pop(0)
-        found = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        found = TensorInfo.of(tensor.shape, tensor.dtype)
         if (name, found) != (expected, info):
             raise ModelError(f"tensor '{name}' ({found}) was written where '{expected}' ({info}) belongs")
+        import torch
+
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._stream.write(flat.view(torch.uint8).numpy().data)
 
@@ -96,22 +99,31 @@ class PositionedWriter:
 
     def write(self, name: str, start: int, entries_P: torch.Tensor) -> None:
         """Put entries (CPU, of the tensor's type) at position `start` of the flattened tensor."""
-        file, begin, info = self._place[name]
-        if entries_P.dtype != info.dtype or start + len(entries_P) > info.num_elements:
-            raise ModelError(f"tensor '{name}': entries {start}… of type {entries_P.dtype} do not belong into {info}")
-        self._write(file, entries_P.view(torch.uint8).numpy().data, begin + start * info.dtype.itemsize)
-        self.wrote(name, len(entries_P))
+        import torch
 
-    def place(self, name: str) -> tuple[int, int, torch.dtype]:
+        if kind_of(entries_P.dtype) != self._place[name][2].kind:
+            raise ModelError(f"tensor '{name}': {entries_P.dtype} does not belong into {self._place[name][2]}")
+        self.write_bytes(name, start, entries_P.view(torch.uint8).numpy().data)
+
+    def write_bytes(self, name: str, start: int, data: memoryview) -> None:
+        """Put the bytes of entries at position `start` of the flattened tensor."""
+        file, begin, info = self._place[name]
+        count = data.nbytes // info.itemsize
+        if start + count > info.num_elements:
+            raise ModelError(f"tensor '{name}': entries {start} … {start + count} do not belong into {info}")
+        self._write(file, data, begin + start * info.itemsize)
+        self.wrote(name, count)
+
+    def place(self, name: str) -> tuple[int, int, str]:
         """File descriptor, byte at which the tensor begins, and type, for who writes there himself and then says so."""
         file, begin, info = self._place[name]
-        return self._descriptors[file], begin, info.dtype
+        return self._descriptors[file], begin, info.kind
 
     def wrote(self, name: str, entries: int) -> None:
         """Note that so many entries of a tensor have been written."""
         with self._lock:
             self._left[name] -= entries
-            self._unflushed += entries * self._place[name][2].dtype.itemsize
+            self._unflushed += entries * self._place[name][2].itemsize
             wanted = self._unflushed >= FLUSH_BYTES
             if wanted:
                 self._unflushed = 0
@@ -160,7 +172,7 @@ class PositionedWriter:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file atomically, tensors sorted by name."""
-    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in sorted(tensors)}
+    infos = {name: TensorInfo.of(tensors[name].shape, tensors[name].dtype) for name in sorted(tensors)}
     with atomic_file(path) as stream, SafetensorsWriter(stream, infos) as writer:
         for name in infos:
             writer.write(name, tensors[name])

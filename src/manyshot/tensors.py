@@ -4,58 +4,91 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.rundir import read_json
 
+if TYPE_CHECKING:
+    import torch
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-# name in the safetensors header -> torch type
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# name in the safetensors header -> torch's name, bytes, whether it is a float
+KINDS: dict[str, tuple[str, int, bool]] = {
+    "F64": ("float64", 8, True),
+    "F32": ("float32", 4, True),
+    "F16": ("float16", 2, True),
+    "BF16": ("bfloat16", 2, True),
+    "F8_E4M3": ("float8_e4m3fn", 1, True),
+    "F8_E5M2": ("float8_e5m2", 1, True),
+    "F8_E8M0": ("float8_e8m0fnu", 1, True),
+    "I64": ("int64", 8, False),
+    "I32": ("int32", 4, False),
+    "I16": ("int16", 2, False),
+    "I8": ("int8", 1, False),
+    "U64": ("uint64", 8, False),
+    "U32": ("uint32", 4, False),
+    "U16": ("uint16", 2, False),
+    "U8": ("uint8", 1, False),
+    "BOOL": ("bool", 1, False),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BY_TORCH_NAME = {f"torch.{name}": kind for kind, (name, _, _) in KINDS.items()}
+
+
+def kind_of(dtype: torch.dtype | str) -> str:
+    """The header's name of a torch type (`torch.float32` or its text -> F32). Raises ModelError for one it lacks."""
+    kind = _BY_TORCH_NAME.get(str(dtype))
+    if kind is None:
+        raise ModelError(f"tensors of type {dtype} cannot be stored in safetensors")
+    return kind
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """What a header says of a tensor. `kind` is the header's name of its type, such as BF16."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: str
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: torch.dtype | str) -> TensorInfo:
+        """From a torch type, or its text."""
+        return cls(tuple(shape), kind_of(dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type. Torch takes seconds to load, so what only moves bytes asks for `kind`."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, KINDS[self.kind][0])
+        return dtype
+
+    @property
+    def itemsize(self) -> int:
+        return KINDS[self.kind][1]
+
+    @property
+    def is_float(self) -> bool:
+        return KINDS[self.kind][2]
 
     @property
     def num_elements(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
+        return self.num_elements * self.itemsize
 
 
 class Checkpoint:
@@ -82,13 +115,13 @@ class Checkpoint:
 
     def _read_header(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="pt") as handle:
+            with safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     view = handle.get_slice(name)
                     if name in self._file_of:
                         raise ModelError(f"{file}: tensor '{name}' is also in {self._file_of[name].name}")
                     self._file_of[name] = file
-                    self._infos[name] = TensorInfo(tuple(view.get_shape()), _dtype_of(file, name, view.get_dtype()))
+                    self._infos[name] = TensorInfo(tuple(view.get_shape()), _known_kind(file, name, view.get_dtype()))
             self._offsets |= _data_offsets(file)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
@@ -106,9 +139,13 @@ class Checkpoint:
 
     def read_entries(self, name: str, start: int, out_P: torch.Tensor) -> None:
         """Fill `out_P` (of the stored type) with entries start… of the flattened tensor. Threads may do so at once."""
-        width = self._infos[name].dtype.itemsize
-        left = out_P.view(torch.uint8).numpy().data
-        offset = self._offsets[name] + start * width
+        import torch
+
+        self.read_bytes(name, start, out_P.view(torch.uint8).numpy().data)
+
+    def read_bytes(self, name: str, start: int, left: memoryview) -> None:
+        """Fill a buffer of bytes with entries start… as they are stored."""
+        offset = self._offsets[name] + start * self._infos[name].itemsize
         while left.nbytes:
             count = os.preadv(self.descriptor(name), [left], offset)
             if not count:
@@ -196,10 +233,10 @@ def _data_offsets(file: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _dtype_of(file: Path, name: str, stored: str) -> torch.dtype:
-    if stored not in DTYPES:
-        raise ModelError(f"{file}: tensor '{name}' has type {stored}; known are {', '.join(DTYPES)}")
-    return DTYPES[stored]
+def _known_kind(file: Path, name: str, stored: str) -> str:
+    if stored not in KINDS:
+        raise ModelError(f"{file}: tensor '{name}' has type {stored}; known are {', '.join(KINDS)}")
+    return stored
 
 
 def file_digest(file: Path) -> str:

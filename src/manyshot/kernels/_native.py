@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 UINT64, INT32 = ctypes.c_uint64, ctypes.c_int32
@@ -89,3 +91,5 @@ def _load() -> ctypes.CDLL | None:
 
 
 LIBRARY = _load()
+# these run thousands of times a second: names are looked up once
+CALL: dict[str, Callable[..., Any]] = {name: getattr(LIBRARY, name) for name in SIGNATURES if LIBRARY is not None}

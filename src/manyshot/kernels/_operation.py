@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+KEY_BITS = 32  # of a draw
+
+
+def draw_limit(density: float) -> int:
+    """The number that a draw stays below with this probability."""
+    return round(density * (1 << KEY_BITS))
+
 
 @dataclass(frozen=True)
 class Operation:

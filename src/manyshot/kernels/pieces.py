@@ -9,27 +9,33 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from manyshot.kernels import _CALL, STORED, draw_limit
+from manyshot.kernels import _native
 from manyshot.kernels._native import Output, Reader, Source, Steps
-from manyshot.kernels._operation import Operation
+from manyshot.kernels._operation import Operation, draw_limit
 
+if TYPE_CHECKING:
+    import torch
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 # floats that a step over a piece works on, all rows together: a quarter of a common second-level cache
 STEP_FLOATS = 1 << 17
 SMALLEST_STEP = 1 << 11
 OTHER_ROWS = 5
 FACTORS = 3
+STORED = {"BF16": 1, "F32": 2}  # the stored types that the compiled kernels read and write
 ADD_START_TO_ROWS = 1
 ADD_TO_BASE, AS_IT_IS, ADD_TO_START = 0, 1, 2
 PREPARE = {"plain": 0, "drop": 1, "trim": 2}
 COMBINE = {"sum": 0, "consensus": 1, "elect": 2}
 
 
-def stored(dtype: torch.dtype, file: int, begin: int) -> Source:
+def stored(kind: str, file: int, begin: int) -> Source:
     """A tensor in a file, from byte `begin` on."""
-    return Source(type=STORED[dtype], file=file, begin=begin)
+    return Source(type=STORED[kind], file=file, begin=begin)
 
 
 def factors(b_NR: torch.Tensor, a_RI: torch.Tensor, scaling: float, *, nonfinite: bool) -> Source:
@@ -53,7 +59,7 @@ class Input:
     sources: tuple[Source, ...]
     owners: tuple[object, ...]
     add_start: bool
-    cache: torch.Tensor | None = None
+    cache: Floats | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -69,7 +75,7 @@ class Input:
         """Floats of scratch that a call needs."""
         return (2 * self.num_tasks + 6) * self.step
 
-    def _reader(self, scratch: torch.Tensor, cached: bool) -> tuple[Reader, object]:
+    def _reader(self, scratch: Floats, cached: bool) -> tuple[Reader, object]:
         array = (Source * len(self.sources))(*self.sources)
         cache = self.cache
         reader = Reader(
@@ -78,9 +84,9 @@ class Input:
             step=self.step,
             flags=ADD_START_TO_ROWS if self.add_start else 0,
             cached=cached,
-            cache=cache.data_ptr() if cache is not None else None,
-            cache_stride=cache.stride(0) if cache is not None else 0,
-            scratch=scratch.data_ptr(),
+            cache=cache.ctypes.data if cache is not None else None,
+            cache_stride=cache.shape[1] if cache is not None else 0,
+            scratch=scratch.ctypes.data,
         )
         return reader, array
 
@@ -90,7 +96,7 @@ class Target:
     """Where a merged tensor goes: what it is added to, its type, the file, and the byte at which the tensor begins."""
 
     mode: int
-    dtype: torch.dtype
+    kind: str
     file: int
     begin: int
 
@@ -111,28 +117,28 @@ def scan_piece(
     given: Input,
     start: int,
     count: int,
-    scratch: torch.Tensor,
+    scratch: Floats,
     *,
     stage: int,
     words: Sequence[int],
-    counts: torch.Tensor,
+    counts: np.ndarray[Any, Any],
 ) -> list[int]:
     """Add one counting pass of TIES over a piece to `counts`; returns what is bad in base and tasks. Raises OSError."""
     reader, _array = given._reader(scratch, cached=stage > 0 and given.cache is not None)
     bad = (ctypes.c_int64 * (given.num_tasks + 1))()
     packed = (ctypes.c_uint32 * given.num_tasks)(*words)
-    _check(_CALL["scan_piece"](ctypes.byref(reader), start, count, stage, packed, counts.data_ptr(), bad))
+    _check(_native.CALL["scan_piece"](ctypes.byref(reader), start, count, stage, packed, counts.ctypes.data, bad))
     return bad[:]
 
 
 def merge_piece(
     given: Input,
     operation: Operation,
-    weights_T: torch.Tensor,
+    weights_T: Floats,
     target: Target,
     start: int,
     count: int,
-    scratch: torch.Tensor,
+    scratch: Floats,
     *,
     pairs: bool,
     keys: Sequence[int],
@@ -152,7 +158,7 @@ def merge_piece(
         scaling=operation.scaling,
         threshold=operation.threshold,
         density=operation.rescale,
-        weights=weights_T.data_ptr(),
+        weights=weights_T.ctypes.data,
         keys=ctypes.addressof(packed_keys),
         limit=draw_limit(operation.density),
         thresholds=ctypes.addressof(packed_thresholds),
@@ -160,10 +166,10 @@ def merge_piece(
     )
     counts, sums = (ctypes.c_int64 * (tasks + 4))(), (ctypes.c_double * (tasks**2 + 2))()
     output = Output(
-        **{"mode": target.mode, "type": STORED[target.dtype], "file": target.file, "begin": target.begin},
+        **{"mode": target.mode, "type": STORED[target.kind], "file": target.file, "begin": target.begin},
         **{"pairs": pairs, "counts": ctypes.addressof(counts), "sums": ctypes.addressof(sums)},
     )
-    _check(_CALL["merge_piece"](*(ctypes.byref(one) for one in (reader, steps, output)), start, count))
+    _check(_native.CALL["merge_piece"](*(ctypes.byref(one) for one in (reader, steps, output)), start, count))
     return Done(counts[0], counts[1], counts[2:], sums[: tasks**2], sums[tasks**2], sums[tasks**2 + 1])
 
 

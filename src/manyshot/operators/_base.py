@@ -9,12 +9,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 
 from manyshot import kernels
+
+if TYPE_CHECKING:
+    import torch
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Fraction = Annotated[float, Gt(0), Le(1)]
@@ -25,6 +27,11 @@ PerRound = Positive | tuple[Positive, ...]
 FractionPerRound = Fraction | tuple[Fraction, ...]
 ThresholdPerRound = NonNegative | tuple[NonNegative, ...]
 CountPerRound = Count | tuple[Count, ...]
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 Weighting = Literal["normalized", "multiplier"]
 Number = TypeVar("Number", int, float)
@@ -51,10 +58,10 @@ class Scan(Protocol):
     def counts_shape(self) -> tuple[int, ...]:
         """Shape of the counts (int64) of the pass that is due."""
 
-    def observe(self, task_vectors_TP: torch.Tensor, counts: torch.Tensor) -> None:
+    def observe(self, task_vectors_TP: torch.Tensor, counts: Counts) -> None:
         """Add one tile's counts, in place."""
 
-    def advance(self, counts: torch.Tensor) -> None:
+    def advance(self, counts: Counts) -> None:
         """Take the sum over all tiles and go on to the next pass, or be done."""
 
 
@@ -177,9 +184,11 @@ def merge_whole(
 ) -> torch.Tensor:
     """Scan, then merge, one whole tensor at once: what the streaming engine does tile by tile."""
     tile = tile or Tile.of([str(task) for task in range(len(task_vectors_TP))])
+    import numpy as np
+
     scan = operator.start_scan(*task_vectors_TP.shape)
     while scan is not None and not scan.done:
-        counts = torch.zeros(scan.counts_shape(), dtype=torch.int64)
+        counts = np.zeros(scan.counts_shape(), np.int64)
         scan.observe(task_vectors_TP, counts)
         scan.advance(counts)
     return operator.merge(task_vectors_TP, weights_T, replace(tile, scan=scan, preceding=(0,) * len(weights_T)))

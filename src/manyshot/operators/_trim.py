@@ -8,11 +8,16 @@ may stay, the first ones in order stay, so exactly k entries are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from manyshot import kernels
 
+if TYPE_CHECKING:
+    import torch
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
 
 
@@ -52,15 +57,18 @@ class TrimScan:
         """Entries equal to each task's threshold that may still stay, after `preceding` of them."""
         return [left - before for left, before in zip(self.left, preceding, strict=True)]
 
-    def observe(self, task_vectors_TP: torch.Tensor, counts: torch.Tensor) -> None:
-        if self.stage == 0:
-            kernels.histogram_high(task_vectors_TP, counts)
-        elif self.stage == 1:
-            kernels.histogram_low(task_vectors_TP, self.highs, counts)
-        else:
-            kernels.count_equal(task_vectors_TP, self.thresholds, counts)
+    def observe(self, task_vectors_TP: torch.Tensor, counts: Counts) -> None:
+        import torch
 
-    def advance(self, counts: torch.Tensor) -> None:
+        counted = torch.as_tensor(counts)  # the same memory
+        if self.stage == 0:
+            kernels.histogram_high(task_vectors_TP, counted)
+        elif self.stage == 1:
+            kernels.histogram_low(task_vectors_TP, self.highs, counted)
+        else:
+            kernels.count_equal(task_vectors_TP, self.thresholds, counted)
+
+    def advance(self, counts: Counts) -> None:
         if self.stage == 2:
             self.done = True
             return
@@ -79,10 +87,10 @@ class TrimScan:
         self.done = self.stage == 2 and not split
 
 
-def _bin_of_kth(counts_B: torch.Tensor, kth: int) -> tuple[int, int]:
+def _bin_of_kth(counts_B: Counts, kth: int) -> tuple[int, int]:
     """The bin that holds the k-th largest, and how many entries lie in higher bins."""
     up_to_B = counts_B.cumsum(0)
     total = int(up_to_B[-1])
     # the k-th largest of n is the (n − k + 1)-th smallest
-    found = int(torch.searchsorted(up_to_B, total - kth + 1))
+    found = int(np.searchsorted(up_to_B, total - kth + 1))
     return found, total - int(up_to_B[found])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from manyshot.operators._base import MatrixOperator, Weighting, one
 from manyshot.operators._spectral import thin_svd
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class IsoC(MatrixOperator):
     sums: ClassVar[bool] = True
 
     def merge_matrix(self, task_vectors: Iterable[torch.Tensor], weights_T: torch.Tensor) -> torch.Tensor:
+        import torch
+
         total_OI: torch.Tensor | None = None
         for vector_OI, weight in zip(task_vectors, weights_T, strict=True):
             weighted_OI = vector_OI * weight

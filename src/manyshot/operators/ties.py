@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from manyshot import kernels
 from manyshot.operators._base import FractionPerRound, Operator, PerRound, Scan, Tile, Weighting, one
 from manyshot.operators._trim import TrimScan
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from manyshot.operators._base import MatrixOperator, Weighting, one
 from manyshot.operators._spectral import nearest_orthogonal, thin_svd
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class TsvM(MatrixOperator):
     weighting: ClassVar[Weighting] = "multiplier"
 
     def merge_matrix(self, task_vectors: Iterable[torch.Tensor], weights_T: torch.Tensor) -> torch.Tensor:
+        import torch
+
         lefts, values, rights = [], [], []
         shape: tuple[int, ...] = (0, 0)
         for vector_OI, weight in zip(task_vectors, weights_T, strict=True):
