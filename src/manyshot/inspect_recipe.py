@@ -14,7 +14,7 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
-from manyshot.recipe import Recipe, growth_warnings
+from manyshot.recipe import Recipe, operator_warnings
 from manyshot.run import Inputs, check_inputs
 from manyshot.tasks import Encoded, Task, encode_all
 from manyshot.tensors import Checkpoint
@@ -76,7 +76,7 @@ def _marked(example: Encoded, tokenizer: Any) -> dict[str, str]:
 
 def warnings(recipe: Recipe) -> list[str]:
     """What is allowed and still likely to disappoint."""
-    found = growth_warnings(recipe)
+    found = operator_warnings(recipe)
     protocol, update = recipe.protocol, recipe.local_update
     for r in range(1, protocol.rounds + 1):
         steps, before = protocol.steps_in_round(r), protocol.steps_before_round(r)

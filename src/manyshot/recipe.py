@@ -306,16 +306,23 @@ def _merge_problems(recipe: Recipe) -> Problems:
     return found
 
 
-def growth_warnings(recipe: Recipe) -> list[str]:
-    """Operators that sum, in rounds: every round multiplies what all task vectors share by β·T (METHOD, baselines)."""
-    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
-        return []
+def operator_warnings(recipe: Recipe) -> list[str]:
+    """Operators that are allowed and still likely to disappoint with this many tasks, or in rounds.
+
+    In rounds every task vector holds all that the rounds before changed, which a sum multiplies by β·T (METHOD).
+    """
     num_tasks = len(recipe.tasks)
     operators = {"operator": recipe.method} | {f"overrides.{pattern}": made for pattern, made in recipe.plan.overrides}
-    return [
-        f"{key}.scaling: {made.name} sums {num_tasks} task vectors, each of which holds all that the rounds before "
-        f"changed, so every round multiplies that by scaling × tasks = {made.growth(num_tasks):.2g} > 1 and the model "
-        f"diverges; use a scaling of at most {1 / num_tasks:.3g}, or merge.reference: start"
-        for key, made in operators.items()
-        if made.growth(num_tasks) > 1 + 1e-9
-    ]
+    found = [f"{key}.{text}" for key, made in operators.items() for text in made.warnings(num_tasks)]
+    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
+        return found
+    for key, made in operators.items():
+        growth = made.growth(num_tasks)
+        if growth > 1 + 1e-9:
+            product, most = ("scaling × tasks", 1 / num_tasks) if made.sums else ("scaling", 1.0)
+            found.append(
+                f"{key}.scaling: every task vector of a round holds all that the rounds before changed, and {made.name} "
+                f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling of "
+                f"at most {most:.3g}, or merge.reference: start"
+            )
+    return found

@@ -21,7 +21,7 @@ from manyshot.executors import Executor, LocalExecutor
 from manyshot.inputs import Inputs, check_inputs, check_space
 from manyshot.models import choose_placement
 from manyshot.progress import WORK_PHASES, Listener, Progress
-from manyshot.recipe import Recipe, growth_warnings
+from manyshot.recipe import Recipe, operator_warnings
 from manyshot.recipe_file import to_yaml
 from manyshot.rounds import run_rounds
 from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
@@ -75,7 +75,7 @@ def run(
         describe(recipe, folder, inputs, command)
         progress = Progress(listener, folder.metrics)
         progress.record("begin", began=round(began, 3), resumed=resume)
-        for warning in growth_warnings(recipe):
+        for warning in operator_warnings(recipe):
             progress.message(f"warning: {warning}")
         progress.message(f"computing in {choose_placement(recipe.local_update).text}")
         current = Run(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress)

@@ -151,10 +151,14 @@ class Operator:
         return found
 
     def growth(self, num_tasks: int) -> float:
-        """The factor by which a round multiplies what all task vectors share: β·T for a sum, else 1."""
+        """The factor by which a round multiplies what all task vectors share: β·T for a sum, β for a mean."""
         scaling = getattr(self, "scaling", 1.0)
         largest = max(scaling) if isinstance(scaling, tuple) else scaling
-        return float(largest) * num_tasks if self.sums else 1.0
+        return float(largest) * (num_tasks if self.sums else 1)
+
+    def warnings(self, num_tasks: int) -> list[str]:
+        """What is allowed for this many tasks and still likely to disappoint."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

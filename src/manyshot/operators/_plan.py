@@ -36,4 +36,7 @@ class OperatorPlan:
             return weights
         if operator.weighting == "multiplier":
             return tuple(weight * len(weights) for weight in weights)
-        return tuple(weight / sum(weights) for weight in weights)
+        total = sum(weights)
+        if total == 0:
+            raise ValueError(f"the weights sum to 0, and {operator.name} divides by their sum")
+        return tuple(weight / total for weight in weights)

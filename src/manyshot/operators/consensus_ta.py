@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from manyshot import kernels
 from manyshot.operators._base import CountPerRound, Operator, PerRound, ThresholdPerRound, Weighting, one
-from manyshot.operators.metis import agreement_problems
+from manyshot.operators.metis import agreement_problems, consensus_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class ConsensusTA(Operator):
         return kernels.Operation(
             "consensus", one(self.scaling), threshold=one(self.mask_threshold), agreement=one(self.min_agreement)
         )
+
+    def warnings(self, num_tasks: int) -> list[str]:
+        return consensus_warnings(self.name, self.mask_threshold, num_tasks)
 
     def problems(self, num_tasks: int, rounds: int) -> list[tuple[str, str]]:
         return super().problems(num_tasks, rounds) + agreement_problems(self.min_agreement, num_tasks)

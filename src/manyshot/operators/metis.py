@@ -47,6 +47,9 @@ class Metis(Operator):
             "consensus", one(self.scaling), threshold=one(self.mask_threshold), agreement=one(self.min_agreement)
         )
 
+    def warnings(self, num_tasks: int) -> list[str]:
+        return consensus_warnings(self.name, self.mask_threshold, num_tasks) if self.mask else []
+
     def problems(self, num_tasks: int, rounds: int) -> list[tuple[str, str]]:
         found = super().problems(num_tasks, rounds)
         if self.mask:
@@ -58,6 +61,18 @@ class Metis(Operator):
         elif self.effective_tasks is not None and not 1 <= self.effective_tasks <= num_tasks:
             found.append(("effective_tasks", f"{self.effective_tasks:g} of {num_tasks} tasks; give 1 … {num_tasks}"))
         return found
+
+
+def consensus_warnings(name: str, mask_threshold: ThresholdPerRound, num_tasks: int) -> list[str]:
+    """A threshold that drops even what all tasks agree on: of T equal parts each is 1/(T − 1) of the rest."""
+    smallest = min(mask_threshold) if isinstance(mask_threshold, tuple) else mask_threshold
+    if num_tasks < 2 or smallest * (num_tasks - 1) <= 1:
+        return []
+    return [
+        f"mask_threshold: {smallest:g} is above 1/(T − 1) = {1 / (num_tasks - 1):.3g} for {num_tasks} tasks, so {name} "
+        "drops a coordinate on which all tasks agree alike, and with it what earlier rounds put there; lower it, or use "
+        "merge.reference: start"
+    ]
 
 
 def agreement_problems(min_agreement: int | tuple[Count, ...], num_tasks: int) -> list[tuple[str, str]]:
