@@ -5,6 +5,7 @@ A mistake found here costs seconds; the same one found in the last round costs t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,19 @@ def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
                 f"{base.path}: tensor '{name}' would be trained, but {lacking} has none of that name (it may be tied "
                 "to another); choose other local_update.target_modules"
             )
+    _check_overrides(recipe, changed)
     return sum(checkpoint.info(name).num_elements for name in changed)
+
+
+def _check_overrides(recipe: Recipe, changed: Sequence[str]) -> None:
+    """Every override's pattern fits a tensor that training changes. Experts that exist already may change others."""
+    if recipe.merge.space == "factors" or any(spec.expert for spec in recipe.tasks.values()):
+        return
+    if unused := recipe.plan.unused(changed):
+        raise ModelError(
+            f"overrides: the pattern '{unused[0]}' fits none of the {len(changed)} tensors that are trained, such as "
+            f"'{changed[0]}'"
+        )
 
 
 def check_texts(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any, vocabulary: int) -> None:

@@ -321,8 +321,8 @@ def operator_warnings(recipe: Recipe) -> list[str]:
         if growth > 1 + 1e-9:
             product, most = ("scaling × tasks", 1 / num_tasks) if made.sums else ("scaling", 1.0)
             found.append(
-                f"{key}.scaling: every task vector of a round holds all that the rounds before changed, and {made.name} "
-                f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling of "
-                f"at most {most:.3g}, or merge.reference: start"
+                f"{key}.scaling: every task vector of a round holds all that earlier rounds changed, and {made.name} "
+                f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling "
+                f"of at most {most:.3g}, or merge.reference: start"
             )
     return found

@@ -70,8 +70,8 @@ def consensus_warnings(name: str, mask_threshold: ThresholdPerRound, num_tasks: 
         return []
     return [
         f"mask_threshold: {smallest:g} is above 1/(T − 1) = {1 / (num_tasks - 1):.3g} for {num_tasks} tasks, so {name} "
-        "drops a coordinate on which all tasks agree alike, and with it what earlier rounds put there; lower it, or use "
-        "merge.reference: start"
+        "drops a coordinate on which all tasks agree alike, and with it what earlier rounds put there; lower it, or "
+        "use merge.reference: start"
     ]
 
 
