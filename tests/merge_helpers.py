@@ -96,6 +96,27 @@ def make_adapter(
     return folder
 
 
+def make_peft_adapter(
+    folder: Path,
+    task: str,
+    *,
+    rank: int = 2,
+    alpha: float = 4.0,
+    names: tuple[str, ...] = ("a.weight", "b.weight"),
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> Path:
+    """An adapter folder as PEFT saves it, with drawn factors; nothing but PEFT's own files."""
+    folder.mkdir(parents=True)
+    factors = {}
+    for name in names:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        factors[f"{module}.lora_A.weight"] = draw(task, name, "A", shape=(rank, shapes[name][1]))
+        factors[f"{module}.lora_B.weight"] = draw(task, name, "B", shape=(shapes[name][0], rank))
+    write_tensors(folder / ADAPTER_WEIGHTS_NAME, factors)
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": rank, "lora_alpha": alpha})
+    return folder
+
+
 def dense(adapter: Path, name: str, *, scaling: float = 2.0) -> torch.Tensor:
     """s·B·A, from the factors as they are stored."""
     weights = Checkpoint(adapter / ADAPTER_WEIGHTS_NAME)

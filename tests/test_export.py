@@ -91,7 +91,7 @@ def test_export_model_casts_floats_once_and_says_so_in_the_config(
     base_folder: Path, changed: StoredTaskVector, tmp_path: Path
 ) -> None:
     base = Checkpoint(base_folder)
-    export_model(base, changed, tmp_path / "out", dtype=torch.bfloat16)
+    export_model(base, changed, tmp_path / "out", dtype="bfloat16")
     found = Checkpoint(tmp_path / "out")
     name = changed.names[0]
     assert {found.info(name).dtype for name in found.names} == {torch.bfloat16}
@@ -117,7 +117,7 @@ def test_export_model_copies_tensors_that_are_not_floats(tmp_path: Path) -> None
     extra = {"ids": torch.arange(5), "flags": torch.tensor([True, False]), "scalar": torch.tensor(3.0)}
     base = make_base(tmp_path / "base", extra)
     write_tensors(tmp_path / "v.safetensors", {"norm.weight": torch.ones(4)})
-    export_model(base, StoredTaskVector(tmp_path / "v.safetensors"), tmp_path / "out", dtype=torch.float16)
+    export_model(base, StoredTaskVector(tmp_path / "v.safetensors"), tmp_path / "out", dtype="float16")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found["ids"], extra["ids"])
     assert torch.equal(found["flags"], extra["flags"])

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import reference
 from manyshot import engine, kernels, merge_models, reading, stream
@@ -24,10 +23,8 @@ from manyshot.kernels import pieces
 from manyshot.merge_models import MergeSettings
 from manyshot.merge_report import MergeReport
 from manyshot.operators import BUILT_IN, Dare, Mean, Operator, OperatorPlan, Ties, Tile, tile_key
-from manyshot.rundir import write_json
 from manyshot.task_vector import Scratch
-from manyshot.tensor_writer import write_tensors
-from merge_helpers import draw, make_adapter, read_model, same_bits, write_model
+from merge_helpers import draw, make_peft_adapter, read_model, same_bits, write_model
 
 TASKS = ("x", "y", "z")
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
@@ -50,18 +47,8 @@ def make_models(folder: Path, dtype: torch.dtype, shard_bytes: int = 1 << 30) ->
             for name, shape in SHAPES.items()
         }
         write_model(folder / task, changed, shard_bytes)
-    adapter = make_adapter(folder / "z", "z", rank=3, scaling=0.1, names=("a.weight",), shapes=SHAPES)
-    as_peft(adapter)
+    make_peft_adapter(folder / "z", "z", rank=3, alpha=0.3, names=("a.weight",), shapes=SHAPES)
     return {task: folder / task for task in ("base", *TASKS)}
-
-
-def as_peft(adapter: Path) -> None:
-    """Rename the factors as PEFT does, and say their scaling in the configuration."""
-
-    stored = load_file(adapter / "adapter_model.safetensors")
-    renamed = {f"base_model.model.{name[:-9]}.lora_{name[-1]}.weight": tensor for name, tensor in stored.items()}
-    write_tensors(adapter / "adapter_model.safetensors", renamed)
-    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 3, "lora_alpha": 0.3})
 
 
 def merged(

@@ -32,10 +32,19 @@ class MergeReport:
         return self.num_kept / self.num_changed if self.num_changed else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        norms = [math.sqrt(self.gram_TT[i][i]) for i in range(len(self.tasks))]
+        norms = {task: math.sqrt(self.gram_TT[i][i]) for i, task in enumerate(self.tasks)}
         record = {key: value for key, value in asdict(self).items() if key not in ("gram_TT", "pairs")}
-        record |= {"kept_share": self.kept_share, "task_vector_norms": dict(zip(self.tasks, norms, strict=True))}
-        return record | ({"task_vector_cosines": cosines(self.gram_TT)} if self.pairs else {})
+        record |= {"kept_share": self.kept_share, "task_vector_norms": _finite(norms)}
+        if self.pairs:
+            record["task_vector_cosines"] = cosines(self.gram_TT)
+        return _finite(record)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no Inf: null, for norms of models that hold some."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def cosines(gram_TT: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
-from manyshot.errors import ModelError
+from manyshot.errors import MergeError, ModelError
 from manyshot.kernels.pieces import Input, Target, merge_piece, scan_piece
 from manyshot.merge_report import MergeReport, TileSums, add_up
 from manyshot.operators import MatrixOperator, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
@@ -89,6 +89,8 @@ class MergeStream:
         self.weights, self.seed_parts = tuple(weights), tuple(seed_parts)
         self.device, self.pairs = device, pairs
         self.num_tasks = len(reader.tasks)
+        if len(weights) != self.num_tasks:
+            raise MergeError(f"{len(weights)} weights for {self.num_tasks} tasks")
         self._routes: dict[str, _Route] = {}
         self._arena: Floats | None = None
         self._weights_T: dict[Operator, Floats] = {}
