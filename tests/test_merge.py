@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from manyshot import stream
+from manyshot import kernels, stream
 from manyshot.engine import Piece, cut
 from manyshot.errors import MergeError, ModelError
-from manyshot.merge import MergeReport, merge_weights
-from manyshot.operators import Mean, Metis, Operator, Tile, tile_key
+from manyshot.merge import MergeReport, Outer, merge_weights
+from manyshot.operators import Dare, Mean, Metis, Operator, Ties, Tile, TsvM, tile_key
+from manyshot.reading import TaskVectorReader
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint
@@ -165,6 +166,73 @@ def test_merge_weights_leaves_integer_tensors_out(tmp_path: Path) -> None:
     assert set(found) == {"norm.weight"}
 
 
+# ---- merge_weights: the outer optimizer ------------------------------------------------------------------------------
+
+
+def stored(file: Path, *values: float, name: str = "norm.weight") -> StoredTaskVector:
+    write_tensors(file, {name: torch.tensor(values)})
+    return StoredTaskVector(file)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> dict[str, StoredTaskVector]:
+    """Θ¹ − Θ⁰ as `start`, and Θ⁰ + something as Θ⁰'s successor before it."""
+    return {
+        "start": stored(tmp_path / "start", 1.0, 0.0, -1.0, 2.0),
+        "before": stored(tmp_path / "before", 0.5, 0.0, -0.5, 1.0),
+    }
+
+
+MEAN_IS_0120 = [[1.0, 1.0, 1.0, 0.0], [-1.0, 1.0, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("step_size", "momentum", "expected"),
+    [
+        (1.0, 0.0, [1.0, 1.0, 1.0, 2.0]),  # Θ¹ + M(u): ATM
+        (0.5, 0.0, [1.0, 0.5, 0.0, 2.0]),
+        (2.0, 0.0, [1.0, 2.0, 3.0, 2.0]),
+        (1.0, 0.5, [1.25, 1.0, 0.75, 2.5]),  # + ½ · (Θ¹ − Θ⁰ − before) = ½ · (½, 0, −½, 1)
+        (0.5, 0.25, [1.125, 0.5, -0.125, 2.25]),
+    ],
+)
+def test_outer_optimizer_by_hand(
+    step_size: float,
+    momentum: float,
+    expected: list[float],
+    started: dict[str, StoredTaskVector],
+    base: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    """Θ² = Θ¹ + step_size · M(u) + momentum · (Θ¹ − Θ⁰ − (Θ⁰' − Θ⁰))."""
+    updates = [Dense(norm_weight=torch.tensor(values)) for values in MEAN_IS_0120]
+    outer = Outer(step_size, momentum, started["before"])
+    options = {"start": started["start"], "reference": "start", "outer": outer}
+    found, report = merged_of(base, updates, tmp_path / "v", weights=[0.5, 0.5], **options)
+    assert found["norm.weight"].tolist() == expected
+    moved = torch.tensor(expected) - torch.tensor([1.0, 0.0, -1.0, 2.0])
+    assert report.update_norm == pytest.approx(float(moved.norm()))
+    assert report.merged_norm == pytest.approx(float(torch.tensor(expected).norm()))
+
+
+def test_outer_optimizer_goes_on_with_tensors_that_nobody_touches_now(
+    started: dict[str, StoredTaskVector], base: Checkpoint, tmp_path: Path
+) -> None:
+    update = Dense(a_weight=torch.ones(6, 4))
+    for before, expected in ((started["before"], [1.25, 0.0, -1.25, 2.5]), (None, [1.5, 0.0, -1.5, 3.0])):
+        options = {"start": started["start"], "reference": "start", "outer": Outer(0.5, 0.5, before)}
+        found, _ = merged_of(base, [update], tmp_path / "v", weights=[1.0], **options)
+        assert found["norm.weight"].tolist() == expected
+        assert found["a.weight"].unique().tolist() == [0.5]  # it had not moved before: no momentum
+
+
+def test_outer_optimizer_of_the_first_round_is_the_step_alone(base: Checkpoint, tmp_path: Path) -> None:
+    updates = [Dense(norm_weight=torch.tensor(values)) for values in MEAN_IS_0120]
+    options = {"reference": "start", "outer": Outer(0.5, 0.9)}
+    found, _ = merged_of(base, updates, tmp_path / "v", weights=[0.5, 0.5], **options)
+    assert found["norm.weight"].tolist() == [0.0, 0.5, 1.0, 0.0]
+
+
 # ---- merge_weights: streaming, order, determinism --------------------------------------------------------------------
 
 
@@ -191,6 +259,45 @@ def test_merge_weights_in_pieces_gives_the_bits_of_the_whole_for_adapters(
     monkeypatch.setattr(stream, "tile_entries", lambda num_tasks: entries)
     merged_of(base, updates, tmp_path / "parts.safetensors", Metis())
     assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("reference", ["pretrained", "start"])
+@pytest.mark.parametrize(
+    "operator", [Mean(), Metis(), Ties(density=0.4), Ties(trim_scope="model"), Dare(), TsvM()], ids=repr
+)
+def test_merge_weights_from_a_start_has_the_same_bits_compiled_or_not(
+    operator: Operator, reference: str, base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole model, an adapter and an adapter that started from factors; a start for two of three tensors."""
+    write_tensors(
+        tmp_path / "s", {name: draw("start", name, shape=SHAPES[name]) for name in ("a.weight", "norm.weight")}
+    )
+    write_tensors(
+        tmp_path / "full", {name: draw("full", name, shape=shape).bfloat16() for name, shape in SHAPES.items()}
+    )
+    adapter, start = (make_adapter(tmp_path / task, task) for task in ("end", "start"))
+    updates = [ModelUpdate(tmp_path / "full"), AdapterUpdate(adapter), AdapterUpdate(adapter, start)]
+    outputs: list[bytes] = []
+    for chosen in (updates, updates[:2]):  # the compiled kernels do not take a start of factors
+
+        def merge(chosen: list[Update] = chosen, **options: object) -> None:
+            begun = {"start": StoredTaskVector(tmp_path / "s"), "reference": reference}
+            merged_of(base, chosen, tmp_path / "v", operator, WEIGHTS[: len(chosen)], **begun, **options)
+            outputs.append((tmp_path / "v").read_bytes())
+
+        merge()
+        merge(threads=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "PIECE_ENTRIES", 7)
+            patch.setattr(stream, "tile_entries", lambda num_tasks: 5)
+            patch.setattr(stream, "CACHE_ENTRIES", 0)
+            merge(threads=2)
+            patch.setattr(TaskVectorReader, "compiled_input", lambda self, name: None)
+            merge()
+            patch.setattr(kernels._native, "CALL", {})
+            merge()
+        assert len(set(outputs)) == 1
+        outputs.clear()
 
 
 def test_cut_covers_every_entry_once() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from manyshot import tensor_writer
 from manyshot.errors import ModelError
-from manyshot.tensor_writer import SafetensorsWriter, plan_shards, shard_name, write_index, write_tensors
+from manyshot.tensor_writer import (
+    PositionedWriter,
+    SafetensorsWriter,
+    plan_shards,
+    shard_name,
+    write_index,
+    write_tensors,
+)
 from manyshot.tensors import INDEX_NAME, KINDS, SINGLE_NAME, Checkpoint, TensorInfo
 
 ONE = torch.ones(2, 3)
@@ -72,8 +83,95 @@ def test_writer_refuses_another_order_shape_or_type_and_a_tensor_that_is_missing
         writer.write("a", ONE)
 
 
+PAIR = {"a": TensorInfo((2, 3), "F32"), "b": TensorInfo((4,), "BF16")}
+
+
+def test_positioned_writer_takes_entries_in_any_order_from_any_thread(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).bfloat16()}
+    files = {tmp_path / "1": {"a": PAIR["a"]}, tmp_path / "2": {"b": PAIR["b"]}}
+    with PositionedWriter(files) as writer:
+        parts = [("b", 3, 4), ("a", 4, 6), ("a", 0, 1), ("b", 0, 3), ("a", 1, 4)]
+        threads = [
+            threading.Thread(target=writer.write, args=(name, i, tensors[name].reshape(-1)[i:j]))
+            for name, i, j in parts
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(load_file(tmp_path / "1")["a"], tensors["a"])
+    assert torch.equal(load_file(tmp_path / "2")["b"], tensors["b"])
+    write_tensors(tmp_path / "3", {"a": tensors["a"]})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+def test_positioned_writer_lets_others_write_into_its_file(tmp_path: Path) -> None:
+    with PositionedWriter({tmp_path / "f": PAIR}) as writer:
+        writer.write("a", 0, torch.zeros(6))
+        file, begin, kind = writer.place("b")
+        os.pwrite(file, torch.ones(4).bfloat16().view(torch.uint8).numpy().tobytes(), begin)
+        writer.wrote("b", 4)
+    assert kind == "BF16"
+    assert load_file(tmp_path / "f")["b"].tolist() == [1.0] * 4
+
+
+def test_positioned_writer_refuses_other_types_and_positions_and_entries_never_written(tmp_path: Path) -> None:
+    with PositionedWriter({tmp_path / "f": PAIR}) as writer:
+        for name, start, entries in (("a", 0, torch.zeros(6).double()), ("b", 0, torch.zeros(4).half())):
+            with pytest.raises(ModelError, match=rf"tensor '{name}': .*float.* not belong into .*shape="):
+                writer.write(name, start, entries)
+        for start, count in ((0, 7), (5, 2), (6, 1)):
+            with pytest.raises(ModelError, match=r"tensor 'a': entries .* do not belong into"):
+                writer.write("a", start, torch.zeros(count))
+        writer.write("a", 0, torch.ones(6))
+        writer.write("b", 0, torch.ones(4).bfloat16())
+    assert load_file(tmp_path / "f")["a"].sum() == 6
+    with pytest.raises(ModelError, match="tensor 'b': 3 entries were never written"):
+        write_first_of_b(tmp_path)
+    with pytest.raises(KeyError, match="own error"), PositionedWriter({tmp_path / "f": PAIR}):
+        raise KeyError("own error")  # and not that entries are missing
+
+
+def write_first_of_b(folder: Path) -> None:
+    with PositionedWriter({folder / "f": PAIR}) as writer:
+        writer.write("a", 0, torch.ones(6))
+        writer.write("b", 0, torch.ones(1).bfloat16())
+
+
+def test_positioned_writer_names_the_file_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/f'"):
+        PositionedWriter({tmp_path / "f.partial": PAIR})
+    monkeypatch.setattr(os, "pwrite", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=r"No space left: '.*/out/g'") as caught:
+        (tmp_path / "out.partial").mkdir()
+        PositionedWriter({tmp_path / "out.partial" / "g": PAIR})
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_positioned_writer_keeps_an_error_of_the_disk_that_came_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of it once, to whoever asks first."""
+    asked = threading.Event()
+
+    def fail(descriptor: int) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tensor_writer, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with (
+        pytest.raises(OSError, match=r"Input/output error: '.*/f'"),
+        PositionedWriter({tmp_path / "f": PAIR}) as writer,
+    ):
+        writer.write("a", 0, torch.ones(6))
+        assert asked.wait(5)
+        writer.write("b", 0, torch.ones(4).bfloat16())
+
+
 def test_write_tensors_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="torch.complex64 cannot be stored"):
+    with pytest.raises(ModelError, match=r"torch\.complex64 cannot be stored"):
         write_tensors(tmp_path / "f.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)})
     assert list(tmp_path.iterdir()) == []
 

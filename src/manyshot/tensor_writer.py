@@ -10,7 +10,6 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -85,6 +84,7 @@ class PositionedWriter:
         self._lock = threading.Lock()
         self._unflushed = 0
         self._wanted, self._closing = threading.Event(), False
+        self._failed: OSError | None = None
         self._flusher = threading.Thread(target=self._flush, daemon=True)
         try:
             for file, infos in files.items():
@@ -131,15 +131,21 @@ class PositionedWriter:
             self._wanted.set()
 
     def _flush(self) -> None:
-        """Send to the disk what has been written, while more is being computed; errors come back at the last fsync."""
+        """Send to the disk what has been written, while more is being computed.
+
+        The system tells of a failure once, so it is kept here: the last fsync may find nothing wrong.
+        """
         while True:
             self._wanted.wait()
             if self._closing:
                 return
             self._wanted.clear()
-            for descriptor in list(self._descriptors.values()):
-                with suppress(OSError):
+            for file, descriptor in list(self._descriptors.items()):
+                try:
                     os.fdatasync(descriptor)
+                except OSError as error:
+                    name_file(error, final_name(file))
+                    self._failed = self._failed or error
 
     def _write(self, file: Path, data: bytes | memoryview, offset: int) -> None:
         try:
@@ -147,7 +153,7 @@ class PositionedWriter:
                 count = os.pwrite(self._descriptors[file], data, offset)
                 data, offset = data[count:], offset + count
         except OSError as error:
-            name_file(error, Path(str(file).replace(PARTIAL, "")))
+            name_file(error, final_name(file))
             raise
 
     def _close(self) -> None:
@@ -166,8 +172,15 @@ class PositionedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        if error is None and self._failed is not None:
+            raise self._failed
         if error is None and (wrong := [name for name, left in self._left.items() if left]):
             raise ModelError(f"tensor '{wrong[0]}': {self._left[wrong[0]]} entries were never written")
+
+
+def final_name(file: Path) -> Path:
+    """The name that a file gets when it is complete."""
+    return Path(str(file).replace(PARTIAL, ""))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
