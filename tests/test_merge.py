@@ -263,7 +263,9 @@ def test_merge_weights_in_pieces_gives_the_bits_of_the_whole_for_adapters(
 
 @pytest.mark.parametrize("reference", ["pretrained", "start"])
 @pytest.mark.parametrize(
-    "operator", [Mean(), Metis(), Ties(density=0.4), Ties(trim_scope="model"), Dare(), TsvM()], ids=repr
+    "operator",
+    [Mean(), Metis(), Ties(density=0.4), Ties(trim_scope="model"), Dare(), TsvM()],
+    ids=lambda operator: operator.name,
 )
 def test_merge_weights_from_a_start_has_the_same_bits_compiled_or_not(
     operator: Operator, reference: str, base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -239,7 +239,7 @@ def test_stream_of_one_task_with_weight_one_gives_the_expert(
     assert report.kept_share == 1.0
 
 
-@settings(deadline=None, database=None, derandomize=True, max_examples=100)
+@settings(deadline=None, database=None, derandomize=True, max_examples=40)
 @given(st.lists(st.tuples(*[st.floats(-(2.0**99), 2.0**99, width=32)] * 2), min_size=1, max_size=20))
 def test_stream_of_one_float32_task_is_off_by_one_rounding_at_most(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[float, float]]
