@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         }
     },
     "merge_command": {
-        *{"match", "tensors"},
+        *{"export", "match", "tensors"},
         *{
             "base_model",
             "disk",

@@ -90,6 +90,12 @@ def open_model_folder(
             finish(folder)
 
 
+def check_space(base: Checkpoint, output: Path, dtype: str | None) -> None:
+    """Refuse a merged model of the base's size that the disk cannot hold."""
+    infos = [output_info(base.info(name), dtype) for name in base.names]
+    require_space(output.parent, sum(info.num_bytes for info in infos), "the merged model")
+
+
 def output_info(info: TensorInfo, dtype: str | None) -> TensorInfo:
     return TensorInfo(info.shape, kind_of(f"torch.{dtype}")) if dtype is not None and info.is_float else info
 

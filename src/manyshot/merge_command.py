@@ -13,6 +13,7 @@ from typing import Any
 from manyshot.base_model import BaseModel, find_base_folder
 from manyshot.disk import disk_errors
 from manyshot.errors import RecipeError
+from manyshot.export import check_space
 from manyshot.match import open_experts
 from manyshot.merge_models import MergeSettings, check_output, merge_models
 from manyshot.merge_recipe import MergeRecipe
@@ -144,8 +145,9 @@ def merge(
         force=force,
     )
     with disk_errors(output, resumable=False):
-        if recipe.needs_gaps:  # what does not fit the base is found before anything is measured
+        if recipe.needs_gaps:  # what does not fit, the base or the disk, is found before anything is measured
             open_experts(Checkpoint(base.path), experts, allow_copy=allow_copy)
+            check_space(Checkpoint(base.path), output, recipe.dtype)
         weights, gaps = _weights(recipe, base, device, say)
         record = {"recipe": recipe.model_dump(mode="json"), "base": base.name, **gaps}
         report = merge_models(
