@@ -287,7 +287,8 @@ def test_operators_growth_by_hand() -> None:
     assert TaskArithmetic(scaling=(0.1, 0.3, 0.2)).growth(10) == pytest.approx(3.0)  # the worst round
     assert ConsensusTA(scaling=0.25).growth(4) == 1.0
     assert Dare(scaling=0.5).growth(4) == 2.0
-    assert Dare(scaling=0.5, then="ties").growth(4) == 1.0  # an average
+    assert Dare(scaling=0.5, then="ties").growth(4) == 0.5  # an average
+    assert Metis(scaling=1.5).growth(9) == 1.5
     assert IsoC(scaling=0.5).growth(4) == 2.0
     assert [BUILT_IN[name]().growth(9) for name in ("mean", "ties", "metis", "tsv_m")] == [1.0] * 4
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from manyshot.errors import ModelError
+from manyshot.errors import ModelError, RunFolderError
 from manyshot.loss_gap import ValidationLoss, validation_loss
 from manyshot.models import (
     ModelState,
@@ -95,7 +95,15 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
 def _adopt(
     job: LocalUpdateJob, expert: Path, placement: Placement, tokenizer: Any, progress: Progress
 ) -> dict[str, Any]:
-    """Measure an expert that exists already, and write the record of a local update without steps."""
+    """Measure an expert that exists already, and write the record of a local update without steps.
+
+    Raises RunFolderError for one that is not what it was when the run measured, and perhaps merged, it.
+    """
+    if (job.folder / RECORD).exists():
+        raise RunFolderError(
+            f"tasks.{job.task.name}.expert: the content of {expert} changed since the run began; put it back as it "
+            "was, or use --force to start over"
+        )
     with progress.timed("load", job.round_index, job.task.name):
         model = load_model(adopted_state(job.start, expert), placement)
     loss = task_loss(model, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert")

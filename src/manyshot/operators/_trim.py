@@ -72,6 +72,7 @@ class TrimScan:
         if self.stage == 2:
             self.done = True
             return
+        counts = np.asarray(counts)
         split = False  # whether some but not all entries equal to a threshold stay
         for task in range(self.num_tasks):
             found, above = _bin_of_kth(counts[task], self.left[task])
