@@ -612,7 +612,6 @@ def test_merge_refuses_nan_and_names_model_and_tensor(call: Call, models: dict[s
     assert "'broken'" in shown and "model.norm.weight" in shown and "NaN" in shown
 
 
-@pytest.mark.xfail(strict=True, reason="merge.json cannot hold the NaN norm of such a task vector yet")
 def test_merge_allow_nonfinite_keeps_nan_where_it_was(call: Call, models: dict[str, Path], tmp_path: Path) -> None:
     write_broken(models, tmp_path / "broken", "model.norm.weight")
     assert call("broken", "--base", models["base"], "-o", "out", "--allow-nonfinite").returncode == 0
