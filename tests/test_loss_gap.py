@@ -16,6 +16,8 @@ from manyshot import loss_gap
 from manyshot.errors import DataError, MergeError
 from manyshot.loss_gap import (
     IGNORED,
+    auto_temperature,
+    choose_weights,
     counted_logits,
     effective_tasks,
     gap_weights,
@@ -23,10 +25,12 @@ from manyshot.loss_gap import (
     make_batches,
     negative_log_likelihoods,
     pad_right,
+    relative_gaps,
     uniform_weights,
     validation_loss,
 )
 from manyshot.models import ModelState, Placement, load_model, quiet_transformers
+from manyshot.operators import OPERATORS, Metis
 from manyshot.seeding import make_generator
 from manyshot.tasks import Encoded
 
@@ -263,3 +267,67 @@ def test_effective_tasks_counts_tasks() -> None:
 @given(GAPS, st.floats(0.05, 20))
 def test_effective_tasks_lies_between_one_and_the_number_of_tasks(gaps: list[float], temperature: float) -> None:
     assert 1 - 1e-9 <= effective_tasks(gap_weights(gaps, temperature)) <= len(gaps) + 1e-9
+
+
+# ---- gaps and temperatures of another kind ---------------------------------------------------------------------------
+
+
+def test_relative_gaps_by_hand() -> None:
+    """Gaps of 0.5 and 0.1 nats are half and all of what the experts gained; a gain below 0.01 counts as 0.01."""
+    assert relative_gaps([0.5, 0.1], [3.0, 0.4], [2.0, 0.3]) == pytest.approx([0.5, 1.0])
+    assert relative_gaps([0.002, -0.1], [1.0, 1.0], [0.998, 1.1]) == pytest.approx([0.2, -10.0])
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(0.02, 5), st.floats(0, 1)), min_size=1, max_size=6), st.floats(1, 100))
+def test_relative_gaps_do_not_change_with_the_scale_of_the_losses(
+    tasks: list[tuple[float, float]], scale: float
+) -> None:
+    experts = [gain for gain, _ in tasks]
+    pretrained = [2 * gain for gain in experts]
+    gaps = [share * gain for gain, share in tasks]
+    expected = [share for _, share in tasks]
+    assert relative_gaps(gaps, pretrained, experts) == pytest.approx(expected)
+    scaled = [[scale * value for value in values] for values in (gaps, pretrained, experts)]
+    assert relative_gaps(*scaled) == pytest.approx(expected)
+
+
+@quick
+@given(st.lists(st.integers(-20, 20), min_size=2, max_size=8, unique=True), st.floats(0.05, 0.95))
+def test_auto_temperature_gives_the_effective_tasks_asked_for(gaps: list[int], share: float) -> None:
+    wanted = 1 + share * (len(gaps) - 1)
+    found = auto_temperature([float(gap) for gap in gaps], wanted)
+    assert effective_tasks(gap_weights([float(gap) for gap in gaps], found)) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_auto_temperature_follows_the_scale_of_the_gaps() -> None:
+    gaps = [0.1, 0.5, 0.2]
+    assert auto_temperature([7 * gap for gap in gaps], 2.0) == pytest.approx(7 * auto_temperature(gaps, 2.0))
+    assert auto_temperature([gap + 3 for gap in gaps], 2.0) == pytest.approx(auto_temperature(gaps, 2.0))
+
+
+def test_auto_temperature_of_gaps_that_cannot_be_told_apart() -> None:
+    assert auto_temperature([0.3, 0.3], 1.5) == 1.0  # uniform whatever it is
+    shared = gap_weights([0.3, 0.3, 0.1], auto_temperature([0.3, 0.3, 0.1], 1.2))
+    assert shared == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)  # two tasks share the largest gap: not fewer than two
+
+
+def test_choose_weights_of_operators_that_need_no_gaps() -> None:
+    losses = ([0.5, 0.1], [3.0, 0.4], [2.5, 0.3])
+    assert choose_weights(OPERATORS["mean"](), *losses) == ([0.5, 0.5], {})
+    for name in ("task_arithmetic", "dare", "ties", "consensus_ta", "iso_c", "tsv_m"):
+        assert choose_weights(OPERATORS[name](), *losses) == ([1.0, 1.0], {}), name
+
+
+def test_choose_weights_of_metis_by_hand() -> None:
+    losses = ([0.5, 0.1], [3.0, 0.4], [2.5, 0.3])
+    absolute, details = choose_weights(Metis(temperature=0.4), *losses)
+    assert absolute == pytest.approx([math.e / (math.e + 1), 1 / (math.e + 1)])
+    assert details == {"temperature": 0.4}
+    relative, details = choose_weights(Metis(temperature=0.4, gap="relative"), *losses)
+    assert relative == pytest.approx([0.5, 0.5])
+    assert details["relative_gaps"] == pytest.approx([1.0, 1.0])
+    auto, details = choose_weights(Metis(temperature="auto", effective_tasks=1.25), *losses)
+    assert effective_tasks(auto) == pytest.approx(1.25, rel=1e-6)
+    assert auto == pytest.approx(gap_weights(losses[0], details["temperature"]))
+    assert effective_tasks(choose_weights(Metis(temperature="auto"), *losses)[0]) == pytest.approx(1.5, rel=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +11,9 @@ from pydantic import ValidationError
 
 from conftest import MakeRecipe
 from manyshot.errors import RecipeError
-from manyshot.operators import Metis
+from manyshot.operators import Dare, Mean, Metis, Ties
 from manyshot.recipe import LocalUpdate, Protocol, Recipe, TaskSpec
+from manyshot.recipe_file import load_recipe
 
 TWO = {"a": {"data": "demo:math"}, "b": {"data": "demo:safety"}}
 
@@ -133,3 +136,95 @@ def test_recipe_refuses_task_names_that_are_no_plain_file_names(name: str) -> No
 def test_recipe_refuses_a_single_task() -> None:
     with pytest.raises(ValidationError, match="only one task; merging needs at least two"):
         Recipe.model_validate({"model": "m", "tasks": {"a": {"data": "x"}}, "operator": "mean"})
+
+
+# ---- operators by tensor, and the outer optimizer --------------------------------------------------------------------
+
+
+def test_recipe_override_keeps_the_operators_other_settings_unless_it_names_another() -> None:
+    operator = {"name": "ties", "density": 0.25, "scaling": 0.5}
+    overrides = {"*.mlp.*": {"density": 0.75}, "*norm*": {"name": "mean"}, "*.q_proj.*": {"name": "dare"}}
+    recipe = Recipe.model_validate({"model": "m", "tasks": TWO, "operator": operator, "overrides": overrides})
+    assert recipe.plan.for_tensor("a.mlp.up.weight") == Ties(density=0.75, scaling=0.5)
+    assert recipe.plan.for_tensor("a.norm.weight") == Mean()
+    assert recipe.plan.for_tensor("a.q_proj.weight") == Dare()
+    assert recipe.plan.for_tensor("a.k_proj.weight") == recipe.method == Ties(density=0.25, scaling=0.5)
+
+
+def test_recipe_overrides_take_a_value_per_round() -> None:
+    raw = {"model": "m", "tasks": TWO, "protocol": {"rounds": 2}, "operator": "ties"}
+    recipe = Recipe.model_validate(raw | {"overrides": {"*": {"density": [0.5, 0.25]}}})
+    assert [recipe.plan.at_round(r).for_tensor("x") for r in (1, 2)] == [Ties(density=0.5), Ties(density=0.25)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{densty: 0.5}", "overrides.*.mlp.*: densty: unknown key; there are: density, name, scaling, trim_scope"),
+        ("{density: 2}", "overrides.*.mlp.*: density: Input should be less than or equal to 1, found 2"),
+        (
+            "{name: tise}",
+            "overrides.*.mlp.*: name: unknown operator; there are: consensus_ta, dare, iso_c, mean, metis",
+        ),
+        ("{scaling: [1, 1, 1]}", "overrides.*.mlp.*.scaling: has 3 values for 2 rounds; give one, or one per round"),
+        ("{name: consensus_ta, min_agreement: 3}", "overrides.*.mlp.*.min_agreement: 3 tasks can never agree among 2"),
+        ("{name: metis}", "overrides.*.mlp.*: metis takes its weights from loss gaps; make it the operator itself"),
+        ("0.5", "overrides.*.mlp.*: Input should be a valid dictionary"),
+    ],
+)
+def test_recipe_override_that_does_not_fit_is_refused_with_file_and_line(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    text = "model: some/model\ntasks: {a: {data: demo:math}, b: {data: demo:math}}\noperator: ties\n"
+    text += f'protocol: {{rounds: 2}}\noverrides:\n  "*norm*": {{scaling: 0.5}}\n  "*.mlp.*": {line}\n'
+    (tmp_path / "r.yaml").write_text(text, "utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert f"r.yaml:7: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["temperature: 1.0", "gap: relative", "temperature: auto"])
+def test_recipe_override_may_not_decide_the_weights(setting: str) -> None:
+    key, value = setting.split(": ")
+    raw = {"model": "m", "tasks": TWO, "overrides": {"*norm*": {key: float(value) if value == "1.0" else value}}}
+    with pytest.raises(
+        ValidationError, match=rf"overrides\.\*norm\*\.{key}: decides the weights, of which a merge has"
+    ):
+        Recipe.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("merge.outer_step_size=0.5",),
+            "merge.outer_step_size: is part of the outer optimizer, which needs reference",
+        ),
+        (("merge.outer_momentum=0.5",), "merge.outer_momentum: is part of the outer optimizer, which needs reference"),
+        (
+            ("merge.reference=start", "merge.outer_step_size=[1, 1, 1]"),
+            "merge.outer_step_size: has 3 values for 2 rounds; give one, or one per round",
+        ),
+        (("merge.reference=start", "merge.outer_step_size=0"), "merge.outer_step_size: Input should be greater than 0"),
+        (("merge.reference=start", "merge.outer_momentum=1"), "merge.outer_momentum: Input should be less than 1"),
+        (("operator.effective_tasks=2",), "operator.effective_tasks: is what temperature: auto aims at"),
+        (
+            ("operator.temperature=auto", "operator.effective_tasks=3.5"),
+            "operator.effective_tasks: 3.5 of 3 tasks; give 1 … 3",
+        ),
+        (("operator.temperature=automatic",), "operator.temperature: "),
+        (("operator.gap=relativ",), "operator.gap: Input should be 'absolute' or 'relative', found 'relativ'"),
+        (("operator.temperature=[1, 2, 3]",), "operator.temperature: has 3 values for 2 rounds"),
+        (
+            ("operator=iso_c", "merge.space=factors"),
+            "operator.name: iso_c merges whole weight matrices; use merge.spac",
+        ),
+    ],
+)
+def test_recipe_refuses_knobs_that_do_not_fit_and_names_the_key(
+    make_recipe: MakeRecipe, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(*overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

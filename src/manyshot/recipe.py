@@ -230,10 +230,16 @@ def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> Opera
         except ValidationError as error:
             details = error.errors(include_url=False)[0]
             setting = next((part for part in reversed(details["loc"]) if part in settings), "name")
+            message, found = details["msg"], details["input"]
+            if details["type"] == "union_tag_invalid":
+                message, found = f"unknown operator; there are: {', '.join(sorted(OPERATORS))}", name
+            elif details["type"] == "unexpected_keyword_argument":
+                known = sorted(field.name for field in dataclasses.fields(OPERATORS[name]))
+                message = f"unknown key; there are: {', '.join(known)}"
             raise PydanticCustomError(
                 "override",
                 "{setting}: {message}, found {found}",
-                {"pattern": pattern, "setting": setting, "message": details["msg"], "found": repr(details["input"])},
+                {"pattern": pattern, "setting": setting, "message": message, "found": repr(found)},
             ) from None
     return OperatorPlan(operator, tuple(made))
 

@@ -218,7 +218,7 @@ def _looks_local(value: str) -> bool:
 def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source, root: type[BaseModel]) -> list[str]:
     """One pydantic error as lines of `place: key: message`."""
     if details["type"] == "cross":
-        found_problems = [(tuple(key.split(".")), text) for key, text in details["ctx"]["problems"]]
+        found_problems = [(_split(key, raw), text) for key, text in details["ctx"]["problems"]]
         return [f"{source.place(key)}: {_dotted(key)}: {text}" for key, text in found_problems]
     key = _real_key(details["loc"], raw)
     kind, message = details["type"], details["msg"]
@@ -234,6 +234,18 @@ def _explain(details: Mapping[str, Any], raw: dict[str, Any], source: _Source, r
     elif kind in ("starved", "micro_batch", "task_data"):
         found = ""
     return [f"{source.place(key)}: {_dotted(key)}: {message}{found}"]
+
+
+def _split(dotted: str, raw: object) -> Key:
+    """The parts of a dotted key that stand in the file: names of tasks, and patterns, may have dots of their own."""
+    parts, key, node = dotted.split("."), [], raw
+    while parts:
+        names = node if isinstance(node, dict) else {}
+        length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in names), 1)
+        name, parts = ".".join(parts[:length]), parts[length:]
+        key.append(name)
+        node = names.get(name)
+    return tuple(key)
 
 
 def _one_per_key(error: ValidationError, raw: dict[str, Any]) -> list[Any]:
@@ -299,7 +311,7 @@ def _cross_problems_of_broken(raw: dict[str, Any], source: _Source, error: Valid
         doubtful: set[Key] = {("tasks",)} if num_tasks > 1 else set()  # may compare with a default rank
         if removed & {("protocol",), ("protocol", "rounds")}:  # how many rounds were meant is not known
             doubtful |= {("operator", key) for key, value in kept["operator"].items() if isinstance(value, list)}
-        problems = [(tuple(key.split(".")), text) for one in found for key, text in one]
+        problems = [(_split(key, raw), text) for one in found for key, text in one]
         return [f"{source.place(key)}: {_dotted(key)}: {text}" for key, text in problems if key not in doubtful]
     return []
 
