@@ -393,6 +393,28 @@ def test_merge_of_a_mergekit_file_says_what_it_means_here(call: Call, models: di
     assert "L1 norm" in read_json(tmp_path / "out" / RECORD_NAME)["recipe"]["notes"][0]
 
 
+def documented(language: str) -> list[str]:
+    text = (Path(__file__).parent.parent / "docs" / "merge.md").read_text("utf-8")
+    return [part.split("```", 1)[0] for part in text.split(f"```{language}\n")[1:]]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_merge_recipes_of_the_documentation_run(
+    call: Call, models: dict[str, Path], adapter: Path, tmp_path: Path, position: int
+) -> None:
+    (tmp_path / "models").mkdir()
+    for name, folder in (("base", models["base"]), ("math", models["one"]), ("code-lora", adapter)):
+        (tmp_path / "models" / name).symlink_to(folder)
+    blocks = documented("yaml")
+    assert len(blocks) == 2
+    (tmp_path / "merge.yaml").write_text(blocks[position], "utf-8")
+    assert call("merge.yaml", "-o", "merged").returncode == 0
+    assert call("merge.yaml", "-o", "other", "--density", "0.5", "--set", "scaling=0.8").returncode == 0
+    assert {tensor.dtype for tensor in read(tmp_path / "merged").values()} == {torch.bfloat16}
+    operator = read_json(tmp_path / "other" / RECORD_NAME)["recipe"]["operator"]
+    assert (operator["name"], operator["density"], operator["scaling"]) == ("ties", 0.5, 0.8)
+
+
 # ---- loss gaps -------------------------------------------------------------------------------------------------------
 
 
