@@ -15,8 +15,8 @@ from statistics import fmean
 
 from manyshot.demo import RECIPE_FILE
 from manyshot.recipe_file import load_recipe
-from manyshot.run import RunResult
-from manyshot.run import run as run_recipe
+from manyshot.runner import RunResult
+from manyshot.runner import run as run_recipe
 
 STARTS = ("fresh", "averaged", "svd")
 

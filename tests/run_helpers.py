@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from conftest import TASKS, make_rows
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import recipe_from_mapping
-from manyshot.run import RunResult, run
 from manyshot.rundir import read_json, read_lines
+from manyshot.runner import RunResult, run
 
 MakeRows = Callable[[str, int, int], list[dict[str, Any]]]
 Tensors = dict[str, torch.Tensor]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
 from manyshot.errors import MergeError, ModelError
-from manyshot.merge import merge_factors
 from manyshot.operators import Mean, Metis
+from manyshot.round_merge import merge_factors
 from manyshot.task_vector import FACTORS_NAME, AdapterFactors, StoredTaskVector
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint

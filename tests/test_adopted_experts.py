@@ -14,8 +14,8 @@ from conftest import TASKS
 from manyshot.errors import ModelError, RecipeError, RunFolderError
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import recipe_from_mapping
-from manyshot.run import RunResult, run
 from manyshot.rundir import read_json, remove
+from manyshot.runner import RunResult, run
 from manyshot.tensor_writer import write_tensors
 from run_helpers import Runs, Tensors, distance, load_tensors, phases, round_folder, unlike, weights, with_adapter
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from manyshot import rundir
 from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, RunFolderError
 from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe
-from manyshot.run import check_inputs, run
+from manyshot.runner import check_inputs, run
 from run_helpers import Runs, load_tensors, phases, unlike
 
 PAIR = TASKS[:2]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -221,3 +222,13 @@ def test_bars_show_round_task_and_loss_on_a_terminal() -> None:
     assert "loss 1.250" in shown
     assert "150 tokens/s" in shown
     assert "[bold]math[/bold]" in shown  # what comes from a run is shown as it is, never as markup
+
+
+def test_public_functions_are_no_modules_however_often_they_are_asked_for() -> None:
+    """A submodule of the same name would take a function's place once something has imported it."""
+    import manyshot
+
+    for name in manyshot.__all__:
+        first, again = getattr(manyshot, name), getattr(manyshot, name)
+        assert first == again and not isinstance(first, ModuleType), name
+    assert not {module.stem for module in Path(manyshot.__file__).parent.glob("*.py")} & set(manyshot.__all__)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyshot import cli_inspect_view as cli_inspect, kernels
+from manyshot import cli_inspect_view as cli_inspect
+from manyshot import kernels
 from manyshot.cli_inspect_view import draw_inspection, layer_labels, plain, shorten, show_inspection
 from manyshot.errors import ManyshotError, MergeError, MissingExtraError, ModelError, RecipeError, RunFolderError
 from manyshot.inspect_input import name_models, open_inputs, open_models, open_round

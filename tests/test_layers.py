@@ -32,12 +32,23 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"engine", "kernels", "rundir", "task_vector", "tensor_writer", "tensors"},
     "peft_adapter": {"errors", "rundir", "task_vector", "tensors"},
     "match": {"errors", "peft_adapter", "rundir", "task_vector", "tensors"},
-    "merge": {
+    "round_merge": {
         *{"adapters", "engine", "errors", "kernels", "merge_report", "operators", "reading", "rundir", "stream"},
         *{"task_vector", "tensor_writer", "tensors"},
     },
     "merge_models": {
-        *{"engine", "errors", "export", "kernels", "match", "merge", "merge_report", "operators", "reading", "rundir"},
+        *{
+            "engine",
+            "errors",
+            "export",
+            "kernels",
+            "match",
+            "round_merge",
+            "merge_report",
+            "operators",
+            "reading",
+            "rundir",
+        },
         *{"stream", "task_vector", "tensor_writer", "tensors"},
     },
     "recipe": {"operators"},
@@ -92,13 +103,23 @@ ALLOWED: dict[str, set[str]] = {
         *{"tasks", "tensors", "trainer"},
     },
     "steps": {
-        *{"adapters", "base_model", "evaluate", "executors", "export", "local_update", "loss_gap", "match", "merge"},
+        *{
+            "adapters",
+            "base_model",
+            "evaluate",
+            "executors",
+            "export",
+            "local_update",
+            "loss_gap",
+            "match",
+            "round_merge",
+        },
         *{"models", "progress", "recipe", "rundir", "task_vector", "tasks", "tensors"},
     },
     "card": {"recipe_file", "rundir", "steps"},
     "rounds": {"card", "evaluate", "rundir", "steps"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
-    "run": {
+    "runner": {
         *{
             "check_merged",
             "disk",
@@ -113,8 +134,8 @@ ALLOWED: dict[str, set[str]] = {
         },
         *{"rundir", "seeding", "steps"},
     },
-    "inspect_recipe": {"models", "recipe", "run", "tasks", "tensors", "trainer"},
-    "api": {"merge_command", "merge_recipe", "progress", "recipe", "recipe_file", "run"},
+    "inspect_recipe": {"models", "recipe", "runner", "tasks", "tensors", "trainer"},
+    "api": {"merge_command", "merge_recipe", "progress", "recipe", "recipe_file", "runner"},
 }
 # the outermost layer: it may import everything, and nothing imports it
 OUTERMOST = ("__init__", "__main__", "cli")
@@ -205,7 +226,7 @@ def test_layers_table_allows_nothing_that_goes_in_a_circle() -> None:
         assert free, f"these import each other: {sorted(remaining)}"
         order += free
         remaining = {module: allowed for module, allowed in remaining.items() if module not in free}
-    assert order.index("errors") < order.index("rundir") < order.index("merge") < order.index("run")
+    assert order.index("errors") < order.index("rundir") < order.index("round_merge") < order.index("runner")
 
 
 def test_layers_have_no_cycle_among_files() -> None:

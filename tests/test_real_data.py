@@ -11,7 +11,7 @@ from conftest import MakeRecipe
 from manyshot.metrics import check_metric, find_metric
 from manyshot.models import load_tokenizer
 from manyshot.recipe_file import recipe_from_mapping
-from manyshot.run import run
+from manyshot.runner import run
 from manyshot.tasks import encode_all, load_task
 
 SETS = ("math/gsm8k", "math/svamp", "safety/refusal_pairs", "safety/coconot", "multilingual/xquad", "code/mbpp")

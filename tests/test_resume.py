@@ -19,8 +19,8 @@ import yaml
 from conftest import TASKS
 from manyshot.errors import DataError, ManyshotError, RunFolderError
 from manyshot.progress import Event
-from manyshot.run import run
 from manyshot.rundir import PARTIAL, append_line, read_lines
+from manyshot.runner import run
 from run_helpers import Runs, contents, phases, unlike
 
 PAIR = TASKS[:2]
@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from manyshot.recipe_file import load_recipe
-from manyshot.run import run
+from manyshot.runner import run
 run(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), resume=True)
 """
 

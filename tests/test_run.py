@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from conftest import TASKS
-from manyshot.run import run
 from manyshot.rundir import read_json
+from manyshot.runner import run
 from manyshot.tensors import file_digest
 from run_helpers import (
     Runs,

@@ -15,8 +15,8 @@ from conftest import TASKS
 from manyshot import local_update
 from manyshot.errors import RecipeError
 from manyshot.models import ModelState, Placement, load_model
-from manyshot.run import RunResult, run
 from manyshot.rundir import read_json
+from manyshot.runner import RunResult, run
 from manyshot.task_vector import AdapterFactors, AdapterUpdate, read_dense
 from run_helpers import Runs, Tensors, combine, distance, load_tensors, phases, round_folder, weights, with_adapter
 

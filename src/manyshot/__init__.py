@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from manyshot.operators import merge_whole as merge_whole
     from manyshot.recipe import Recipe as Recipe
     from manyshot.recipe_file import load_recipe as load_recipe
-    from manyshot.run import RunResult as RunResult
+    from manyshot.runner import RunResult as RunResult
 
     __version__: str
 
 _PUBLIC = {
     "run": "manyshot.api",
     "merge": "manyshot.api",
-    "RunResult": "manyshot.run",
+    "RunResult": "manyshot.runner",
     "Recipe": "manyshot.recipe",
     "MergeRecipe": "manyshot.merge_recipe",
     "load_recipe": "manyshot.recipe_file",

@@ -13,7 +13,7 @@ from manyshot.recipe_file import load_merge_recipe, load_recipe, merge_recipe_fr
 if TYPE_CHECKING:
     from manyshot.merge_command import MergeResult
     from manyshot.progress import Listener
-    from manyshot.run import RunResult
+    from manyshot.runner import RunResult
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
     `recipe` is a Recipe, a mapping with the recipe's keys, or the path of a recipe file. `output` is the run folder
     (default: runs/<name of the file>, or runs/run). Raises manyshot.ManyshotError for input that cannot be used.
     """
-    from manyshot.run import run as run_recipe
+    from manyshot.runner import run as run_recipe
 
     name = "run"
     if isinstance(recipe, str | Path):

@@ -88,7 +88,7 @@ def _run(recipe: Recipe, output: Path, resume: bool, force: bool, quiet: bool, a
     with open_view(quiet=quiet, as_json=as_json) as view:
         try:
             view.say("loading torch, transformers and trl, then data and model …")
-            from manyshot.run import run as run_recipe
+            from manyshot.runner import run as run_recipe
 
             result = run_recipe(recipe, output, resume=resume, force=force, listener=view.listen)
         except KeyboardInterrupt:

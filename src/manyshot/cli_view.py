@@ -24,7 +24,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from manyshot.progress import Event
-    from manyshot.run import RunResult
+    from manyshot.runner import RunResult
 
 LOG_WIDTH = 150
 

@@ -15,7 +15,7 @@ from manyshot.models import (
     quiet_transformers,
 )
 from manyshot.recipe import Recipe, operator_warnings
-from manyshot.run import Inputs, check_inputs
+from manyshot.runner import Inputs, check_inputs
 from manyshot.tasks import Encoded, Task, encode_all
 from manyshot.tensors import Checkpoint
 from manyshot.trainer import learning_rate_multipliers

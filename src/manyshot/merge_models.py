@@ -16,10 +16,10 @@ from manyshot.errors import MergeError, RunFolderError
 from manyshot.export import copy_piece, open_model_folder, output_info
 from manyshot.kernels.pieces import ADD_TO_BASE, STORED, Target
 from manyshot.match import open_experts, refuse_untied, tied_duplicates
-from manyshot.merge import refuse_empty
 from manyshot.merge_report import MergeReport
 from manyshot.operators import OperatorPlan
 from manyshot.reading import TaskVectorReader, TileData
+from manyshot.round_merge import refuse_empty
 from manyshot.rundir import write_json
 from manyshot.stream import MergeStream
 from manyshot.task_vector import Scratch

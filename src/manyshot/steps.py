@@ -16,10 +16,10 @@ from manyshot.export import export_model
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
 from manyshot.loss_gap import choose_weights, effective_tasks, loss_gaps
 from manyshot.match import open_experts
-from manyshot.merge import Outer, merge_factors, merge_weights
 from manyshot.models import ModelState
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
+from manyshot.round_merge import Outer, merge_factors, merge_weights
 from manyshot.rundir import RunFolder, atomic_folder, content_key, read_json, write_json
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tasks import Task
