@@ -1,6 +1,8 @@
 # Each target makes .venv when it is missing and installs the tested versions (constraints.txt) into it.
 PYTHON ?= python3
 BIN := .venv/bin
+# 25 GB of checkpoints for the merge benchmark are made here
+BENCH_WORK ?= /tmp/manyshot-bench
 
 .PHONY: setup demo test test-slow check bench clean
 
@@ -34,6 +36,7 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/training_throughput.py
 	$(BIN)/python benchmarks/demo_run.py
+	$(BIN)/python benchmarks/merge_speed.py --work $(BENCH_WORK) --mergekit $(BIN)/mergekit-yaml
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
