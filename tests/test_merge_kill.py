@@ -16,8 +16,9 @@ from merge_helpers import draw, make_base
 
 # the command, with a pause after each piece that it has merged
 SLOW = """
-import sys, time
+import signal, sys, time
 import manyshot.stream as stream
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 merge_piece = stream.merge_piece
 def slowly(*arguments, **options):
     done = merge_piece(*arguments, **options)
