@@ -65,7 +65,19 @@ ALLOWED: dict[str, set[str]] = {
     "loss_gap": {"errors", "operators", "tasks"},
     "trainer": {"errors", "loss_gap", "models", "recipe", "tasks"},
     "local_update": {
-        *{"errors", "loss_gap", "models", "progress", "recipe", "rundir", "seeding", "tasks", "tensors", "trainer"}
+        *{
+            "errors",
+            "loss_gap",
+            "models",
+            "peft_adapter",
+            "progress",
+            "recipe",
+            "rundir",
+            "seeding",
+            "tasks",
+            "tensors",
+            "trainer",
+        }
     },
     "evaluate": {"local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
     "disk": {"errors"},

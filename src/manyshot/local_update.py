@@ -27,6 +27,7 @@ from manyshot.models import (
     save_adapter,
     save_full,
 )
+from manyshot.peft_adapter import is_adapter
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
@@ -116,7 +117,7 @@ def _adopt(
 
 def adopted_state(start: ModelState, expert: Path) -> ModelState:
     """A model folder, or a PEFT adapter on the pretrained model."""
-    if (expert / "adapter_config.json").is_file():
+    if is_adapter(expert):
         return replace(start, adapter=expert)
     return replace(start, full=expert)
 

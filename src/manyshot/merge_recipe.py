@@ -6,10 +6,9 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
-from manyshot.recipe import TASK_NAME, OperatorChoice, Problems, Section, make_plan, override_problems
+from manyshot.recipe import TASK_NAME, OperatorChoice, Problems, Section, make_plan, override_problems, refuse_together
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?[bB]?)\s*$")
@@ -54,10 +53,7 @@ class MergeRecipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> MergeRecipe:
-        problems = merge_problems(self)
-        if problems:
-            text = "; ".join(f"{key}: {message}" for key, message in problems)
-            raise PydanticCustomError("cross", "{text}", {"text": text, "problems": problems})
+        refuse_together(merge_problems(self))
         return self
 
     @property

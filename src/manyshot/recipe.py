@@ -188,10 +188,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = cross_problems(self)
-        if problems:
-            text = "; ".join(f"{key}: {message}" for key, message in problems)
-            raise PydanticCustomError("cross", "{text}", {"text": text, "problems": problems})
+        refuse_together(cross_problems(self))
         return self
 
     @property
@@ -210,6 +207,13 @@ class Recipe(Section):
 
     def alpha_of(self, task: str) -> float:
         return self.tasks[task].alpha or self.local_update.alpha
+
+
+def refuse_together(problems: Problems) -> None:
+    """Raise settings that are fine alone but not together as one error, which recipe_file.py takes apart by key."""
+    if problems:
+        text = "; ".join(f"{key}: {message}" for key, message in problems)
+        raise PydanticCustomError("cross", "{text}", {"text": text, "problems": problems})
 
 
 # settings that decide the weights, of which one merge has one set

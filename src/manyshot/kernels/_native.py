@@ -91,5 +91,6 @@ def _load() -> ctypes.CDLL | None:
 
 
 LIBRARY = _load()
+STORED = {"BF16": 1, "F32": 2}  # the stored types that the kernels read and write, as kernels.h has them
 # these run thousands of times a second: names are looked up once
 CALL: dict[str, Callable[..., Any]] = {name: getattr(LIBRARY, name) for name in SIGNATURES if LIBRARY is not None}

@@ -1,7 +1,7 @@
 """The inner loops of a merge on torch tensors: compiled where that was possible, else torch, with the same bits.
 
-Every function works on flat float32 tiles and writes into what it is given or returns a new
-tensor; none changes its inputs. Shapes: T = tasks, P = entries of a tile, N = rows, R = rank, I = columns.
+Every function works on flat float32 tiles and writes into what it is given or returns a new tensor; none changes its
+inputs. Shapes: T = tasks, P = entries of a tile, N = rows, R = rank, I = columns.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from manyshot.kernels import _native, _torch
 from manyshot.kernels._operation import Operation, draw_limit
 
-# the stored types that the compiled kernels read and write, as pieces.STORED has them
-STORED = {torch.bfloat16: 1, torch.float32: 2}
+STORED = {torch.bfloat16: _native.STORED["BF16"], torch.float32: _native.STORED["F32"]}
 
 
 def _usable(tensor: torch.Tensor) -> bool:
