@@ -15,7 +15,8 @@ from manyshot.models import ModelState, Placement, check_attention, choose_place
 from manyshot.progress import Progress
 from manyshot.rundir import RunFolder
 from manyshot.runner import run
-from manyshot.steps import Run, local_update_jobs
+from manyshot.steps import Run
+from manyshot.steps_train import local_update_jobs
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])

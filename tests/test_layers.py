@@ -151,7 +151,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"compare_benchmarks", "compare_inputs"},
         *{"compare_folder", "compare_jobs", "compare_outputs", "compare_plan", "compare_recipe", "compare_results"},
         *{"disk", "executors", "inputs", "local_update", "models", "operators", "progress", "recipe", "rundir"},
-        *{"steps", "tasks"},
+        *{"steps", "steps_train", "tasks"},
     },
     "compare_statistics": {"errors", "rundir"},
     "compare_grid": {"compare_statistics", "errors"},
@@ -170,22 +170,14 @@ ALLOWED: dict[str, set[str]] = {
         *{"base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "recipe", "rundir"},
         *{"tasks", "tensors", "trainer"},
     },
-    "steps": {
-        *{
-            "adapters",
-            "base_model",
-            "evaluate",
-            "executors",
-            "export",
-            "local_update",
-            "loss_gap",
-            "match",
-            "round_merge",
-        },
-        *{"models", "progress", "recipe", "rundir", "task_vector", "tasks", "tensors"},
+    "steps": {"base_model", "evaluate", "executors", "models", "progress", "recipe", "rundir", "tasks"},
+    "steps_train": {"evaluate", "local_update", "loss_gap", "models", "rundir", "steps", "tasks", "tensors"},
+    "steps_merge": {
+        *{"adapters", "export", "loss_gap", "match", "models", "round_merge", "rundir", "steps", "steps_train"},
+        *{"task_vector", "tensors"},
     },
     "card": {"recipe_file", "rundir", "steps"},
-    "rounds": {"card", "evaluate", "rundir", "steps"},
+    "rounds": {"card", "evaluate", "rundir", "steps", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{

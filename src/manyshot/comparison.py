@@ -40,7 +40,8 @@ from manyshot.operators import Mean, Operator
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, content_key, read_json, remove, write_json
-from manyshot.steps import Run, local_update_jobs, shared_update
+from manyshot.steps import Run
+from manyshot.steps_train import local_update_jobs, shared_update
 from manyshot.tasks import Task
 
 Json = dict[str, Any]

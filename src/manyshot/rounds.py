@@ -15,17 +15,9 @@ from __future__ import annotations
 from manyshot.card import write_card
 from manyshot.evaluate import normalized
 from manyshot.rundir import link_atomically, write_json
-from manyshot.steps import (
-    Json,
-    Run,
-    carry_adapter,
-    measure,
-    merge,
-    merge_post_hoc,
-    train_experts,
-    update_locally,
-    weigh,
-)
+from manyshot.steps import Json, Run, measure
+from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
+from manyshot.steps_train import train_experts, update_locally
 
 
 def run_rounds(run: Run) -> Json:
