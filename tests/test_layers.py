@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "manyshot"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
+    "content": set(),
     "rundir": {"errors"},
     "progress": {"rundir"},
     "executors": {"errors", "progress"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "task_spec": set(),
     "sources": {"data_files", "errors", "seeding", "task_spec"},
     "examples": {"data_files", "errors", "task_spec"},
-    "tasks": {"data_files", "errors", "examples", "recipe", "seeding", "sources"},
+    "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources"},
     "metrics": {"demo", "errors", "examples"},
     "models": {"errors", "recipe", "rundir", "seeding", "task_vector", "tensor_writer", "tensors"},
     "base_model": {"errors", "models", "rundir", "tensors"},
@@ -148,7 +149,7 @@ ALLOWED: dict[str, set[str]] = {
         "rundir",
     },
     "comparison": {
-        *{"compare_benchmarks", "compare_inputs"},
+        *{"compare_benchmarks", "compare_inputs", "content"},
         *{"compare_folder", "compare_jobs", "compare_outputs", "compare_plan", "compare_recipe", "compare_results"},
         *{"disk", "executors", "inputs", "local_update", "models", "operators", "progress", "recipe", "rundir"},
         *{"steps", "steps_train", "tasks"},
@@ -171,7 +172,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"tasks", "tensors", "trainer"},
     },
     "steps": {"base_model", "evaluate", "executors", "models", "progress", "recipe", "rundir", "tasks"},
-    "steps_train": {"evaluate", "local_update", "loss_gap", "models", "rundir", "steps", "tasks", "tensors"},
+    "steps_train": {"content", "evaluate", "local_update", "loss_gap", "models", "rundir", "steps", "tasks", "tensors"},
     "steps_merge": {
         *{"adapters", "export", "loss_gap", "match", "models", "round_merge", "rundir", "steps", "steps_train"},
         *{"task_vector", "tensors"},

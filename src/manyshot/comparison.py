@@ -31,6 +31,7 @@ from manyshot.compare_outputs import write_outputs
 from manyshot.compare_plan import Cell, Place, cells_at, is_tuned_at, places
 from manyshot.compare_recipe import CompareRecipe, changed
 from manyshot.compare_results import References, collect
+from manyshot.content import keyed, keyed_recipe
 from manyshot.disk import disk_errors
 from manyshot.executors import Executor, LocalExecutor, ProcessExecutor
 from manyshot.inputs import Inputs
@@ -203,7 +204,7 @@ def expert_folder(run: Comparison, job: LocalUpdateJob) -> Path:
 def how_measured(recipe: CompareRecipe) -> list[Any]:
     update = recipe.local_update
     placement = (update.dtype, update.device, update.attn_implementation)
-    return [recipe.evaluation.model_dump(mode="json"), update.max_length, *placement]
+    return [keyed("evaluation", recipe.evaluation.model_dump(mode="json")), update.max_length, *placement]
 
 
 def expert_jobs(run: Comparison, place: Place) -> list[ReferenceJob]:
@@ -341,7 +342,7 @@ def trial_job(run: Comparison, cell: Cell, operator: Operator | None, *, scored:
     shot = "many_shot" if operator is None else cell.protocol
     current = as_run(run, place, operator or Mean(), shot, Path(), cell.method)
     recipe = current.recipe
-    settings = recipe.model_dump(mode="json", exclude={"model", "tasks"})
+    settings = keyed_recipe(recipe.model_dump(mode="json", exclude={"model", "tasks"}))
     # experts that exist already are inputs too: what they hold is in the key of their update
     tasks = [
         [job.task.name, job.task.digest(), job.task.settings(), *([job.key] if job.adopted else [])]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+from manyshot.content import keyed
 from manyshot.data_files import Row
 from manyshot.errors import DataError
 from manyshot.examples import Example, Message, to_example
@@ -62,7 +63,7 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What the recipe says of the task, but for where its examples are: what they are is in the digest."""
-        return self.spec.model_dump(mode="json", exclude=SOURCE_KEYS)
+        return keyed("tasks", self.spec.model_dump(mode="json", exclude=SOURCE_KEYS))
 
     def digest(self) -> str:
         """SHA-256 over every example of every split: two tasks with equal digests train and score alike."""

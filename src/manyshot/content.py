@@ -1,0 +1,28 @@
+"""What settings add to the names of finished work: one that comes later leaves older names as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# section -> setting -> the value that says what was done before it could be said. With that value it is no part of a
+# name, whatever its default is: a setting is added here when it is added to its section (tests/test_content.py).
+LATER: dict[str, dict[str, Any]] = {
+    "tasks": {},
+    "protocol": {},
+    "operator": {},
+    "merge": {},
+    "local_update": {},
+    "evaluation": {},
+}
+
+
+def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one section (of `tasks`, of one task) as JSON data, without those that say nothing new."""
+    later = LATER[section]
+    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
+
+
+def keyed_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a run's recipe, by section."""
+    return {name: keyed(name, part) if name in LATER and name != "tasks" else part for name, part in settings.items()}
