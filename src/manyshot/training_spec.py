@@ -1,0 +1,80 @@
+"""How tasks train: in how many rounds, with how many steps, and what one task's local update does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from manyshot.task_spec import Count, Section
+
+
+class Protocol(Section):
+    """How often to merge. rounds: 1 is post-hoc merging."""
+
+    rounds: Count = Field(5, description="merging rounds R")
+    local_steps: Count = Field(50, description="optimizer steps per task, over all rounds")
+
+    @model_validator(mode="after")
+    def _a_step_per_round(self) -> Protocol:
+        if self.local_steps < self.rounds:
+            raise PydanticCustomError(
+                "starved",
+                "local_steps is {steps} for {rounds} rounds; every round needs at least one step per task",
+                {"steps": self.local_steps, "rounds": self.rounds},
+            )
+        return self
+
+    def steps_in_round(self, round_index: int) -> int:
+        """Steps of round 1..R; the first rounds take what does not divide evenly."""
+        even, rest = divmod(self.local_steps, self.rounds)
+        return even + (1 if round_index <= rest else 0)
+
+    def steps_before_round(self, round_index: int) -> int:
+        return sum(self.steps_in_round(earlier) for earlier in range(1, round_index))
+
+
+class LocalUpdate(Section):
+    """How one task fine-tunes from the round's start model."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 16
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = Field(False, description="scale by alpha/√rank instead of alpha/rank")
+    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="rank by module name pattern, as in PEFT")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha by module name pattern")
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    adapter_start: Literal["fresh", "averaged", "svd"] = Field(
+        "fresh", description="what a round's adapters start from; all are exact"
+    )
+    learning_rate: float = Field(3.0e-4, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    schedule_scope: Literal["round", "run"] = Field(
+        "round", description="round: the schedule starts anew every round; run: it decays once, over all rounds"
+    )
+    warmup_steps: int = Field(2, ge=0, description="in every round, since the optimizer restarts")
+    batch_size: Count = 8
+    micro_batch_size: Count | None = Field(None, description="examples at once; the rest is gradient accumulation")
+    max_length: Annotated[int, Field(ge=2)] = 512
+    loss_on: Literal["completion", "whole_text"] = "completion"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it, float32 on CPU"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    attn_implementation: str | None = Field(
+        None, description="transformers' name: eager, sdpa, …; its own choice when not given"
+    )
+    trainer: dict[str, Any] = Field(default_factory=dict, description="further arguments of TRL's SFTConfig")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> LocalUpdate:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise PydanticCustomError(
+                "micro_batch",
+                "batch_size {batch} is not a multiple of micro_batch_size {micro}",
+                {"batch": self.batch_size, "micro": micro},
+            )
+        return self
