@@ -132,8 +132,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "compare_jobs": {
         *{"benchmark_spec", "compare_benchmarks"},
-        *{"base_model", "errors", "evaluate", "executors", "local_update", "models", "progress", "recipe", "rounds"},
-        *{"rundir", "seeding", "steps", "tasks"},
+        *{"base_model", "errors", "evaluate", "executors", "local_update", "models", "outer", "progress", "recipe"},
+        *{"rounds", "rundir", "seeding", "steps", "tasks"},
     },
     "compare_results": {
         "compare_benchmarks",
@@ -164,19 +164,22 @@ ALLOWED: dict[str, set[str]] = {
         *{"errors", "rundir"},
     },
     "inputs": {
-        *{"base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "recipe", "rundir"},
-        *{"tasks", "tensors", "trainer"},
+        *{"base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "outer", "recipe"},
+        *{"rundir", "tasks", "tensors", "trainer"},
     },
     "steps": {"base_model", "evaluate", "executors", "models", "progress", "recipe", "rundir", "tasks"},
     "steps_train": {
-        *{"content", "evaluate", "gap_weights", "local_update", "models", "rundir", "steps", "tasks", "tensors"},
+        *{"content", "evaluate", "gap_weights", "local_update", "models", "recipe", "rundir", "steps", "tasks"},
+        *{"tensors"},
     },
+    "line_search": {"gap_weights"},
+    "steps_search": {"evaluate", "gap_weights", "line_search", "rundir", "steps"},
     "steps_merge": {
-        *{"adapters", "errors", "export", "gap_weights", "match", "models", "round_merge", "rundir", "steps"},
-        *{"steps_train", "task_vector", "tensors"},
+        *{"adapters", "errors", "export", "gap_weights", "match", "models", "operators", "outer", "round_merge"},
+        *{"rundir", "steps", "steps_search", "steps_train", "task_vector", "tensors"},
     },
     "card": {"recipe_file", "rundir", "steps"},
-    "rounds": {"card", "evaluate", "rundir", "steps", "steps_merge", "steps_train"},
+    "rounds": {"card", "evaluate", "models", "rundir", "steps", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{
@@ -193,7 +196,7 @@ ALLOWED: dict[str, set[str]] = {
         },
         *{"rundir", "seeding", "steps"},
     },
-    "inspect_recipe": {"models", "recipe", "runner", "tasks", "tensors", "trainer"},
+    "inspect_recipe": {"line_search", "models", "outer", "recipe", "runner", "tasks", "tensors", "trainer"},
     "hub": set(),
     "harness_tasks": {"harness_tasks"},
     "harness_presets": {"errors"},

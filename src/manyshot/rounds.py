@@ -12,10 +12,14 @@ Each step writes its files, then its record, and does nothing when its record is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from manyshot.card import write_card
 from manyshot.evaluate import normalized
+from manyshot.models import ModelState
 from manyshot.rundir import link_atomically, write_json
-from manyshot.steps import Json, Run, measure
+from manyshot.steps import Expert, Json, Merged, Run, measure
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
 from manyshot.steps_train import train_experts, update_locally
 
@@ -26,41 +30,56 @@ def run_rounds(run: Run) -> Json:
 
     # ---- the pretrained model; each task's own expert, to compare with; those experts merged once
     start = run.pretrained
-    measured = summary["pretrained"] = measure(run, start, run.folder.round(0), round_index=0)
+    summary["pretrained"] = measure(run, start, run.folder.round(0), round_index=0)
     if run.recipe.evaluation.experts:
         summary["experts"] = train_experts(run)
     if run.recipe.evaluation.post_hoc:
-        summary["post_hoc"] = merge_post_hoc(run, measured["losses"])
+        summary["post_hoc"] = merge_post_hoc(run, summary["pretrained"]["losses"])
 
     for round_index in range(1, run.recipe.protocol.rounds + 1):
-        folder = run.folder.round(round_index)
-
-        # ---- local updates: every task fine-tunes from the same merged model
-        experts = update_locally(run, start, round_index)
-
-        # ---- loss gaps: who was erased most, and so gets most weight
-        gaps = weigh(run, folder, round_index, measured["losses"], summary["pretrained"]["losses"], experts)
-
-        # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
-        merged = merge(run, folder, round_index, start, experts, gaps["weights"])
-
-        # ---- measure: this round's losses are the next round's start losses
-        measured = measure(run, merged.state, folder, round_index)
-        summary["rounds"][str(round_index)] = measured | gaps | {"kept_share": merged.kept_share}
-        start = carry_adapter(run, folder, merged.state, experts, gaps["weights"])
-
-        # ---- done: the record last
-        if not run.trial:
-            write_card(run, folder, round_index, summary)
-        write_json(
-            folder / "DONE.json", {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
-        )
-        if not run.trial:
-            link_atomically(run.folder.merged, folder / "merged")
+        start = run_round(run, round_index, start, summary)
 
     add_normalized(run, summary)
     write_json(run.folder.scores, summary)
     return summary
+
+
+def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> ModelState:
+    """One round; puts it into the summary, and returns the model that the next one starts from."""
+    folder = run.folder.round(round_index)
+
+    # ---- local updates: every task fine-tunes from the same merged model
+    experts = update_locally(run, start, round_index)
+
+    # ---- weigh, merge, measure
+    merged, measured = merge_round(run, folder, round_index, start, experts, summary)
+    summary["rounds"][str(round_index)] = measured
+    start = carry_adapter(run, folder, merged.state, experts, measured["weights"])
+
+    # ---- done: the record last
+    if not run.trial:
+        write_card(run, folder, round_index, summary)
+    write_json(folder / "DONE.json", {"round": round_index, "start_from": merged.start_from, "files": merged.digests})
+    if not run.trial:
+        link_atomically(run.folder.merged, folder / "merged")
+    return start
+
+
+def merge_round(
+    run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], summary: Json
+) -> tuple[Merged, Json]:
+    """What a round makes of its experts, in files of `folder`, and what the summary says of it."""
+    # what the round before measured is this round's start
+    before = summary["rounds"].get(str(round_index - 1), summary["pretrained"])
+
+    # ---- loss gaps: who was erased most, and so gets most weight
+    gaps = weigh(run, folder, round_index, before["losses"], summary["pretrained"]["losses"], experts)
+
+    # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
+    merged = merge(run, folder, round_index, start, experts, gaps["weights"])
+
+    measured = measure(run, merged.state, folder, round_index)
+    return merged, measured | gaps | {"kept_share": merged.kept_share}
 
 
 def add_normalized(run: Run, summary: Json) -> None:

@@ -69,6 +69,12 @@ class Task:
         """SHA-256 over every example of every split: two tasks with equal digests train and score alike."""
         return self._digest
 
+    def without_test(self) -> Task:
+        """The task without its test examples, under the same digest: for what must never see them."""
+        blind = replace(self, test=())
+        blind.__dict__["_digest"] = self.digest()
+        return blind
+
     @cached_property
     def _digest(self) -> str:
         parts = [
