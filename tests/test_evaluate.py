@@ -15,13 +15,12 @@ from manyshot.evaluate import (
     MeasureJob,
     choose_answers,
     generate_answers,
-    multi_task_loss,
-    normalized,
     predict_tokens,
     run_measure,
 )
 from manyshot.metrics import METRICS
 from manyshot.models import ModelState, Placement, load_model
+from manyshot.normalize import multi_task_loss, normalized
 from manyshot.progress import Progress
 from manyshot.rundir import read_json
 from manyshot.tasks import Example, Task, TaskSpec, encode_prompt, load_task

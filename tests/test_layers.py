@@ -87,7 +87,8 @@ ALLOWED: dict[str, set[str]] = {
             "trainer",
         }
     },
-    "evaluate": {"local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
+    "normalize": set(),
+    "evaluate": {"examples", "local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
     "disk": {"errors"},
     "inspect_input": {"errors", "match", "reading", "rundir", "task_vector", "tensors"},
     "inspect_models": {"engine", "errors", "inspect_input", "merge_report", "reading", "task_vector"},
@@ -141,7 +142,7 @@ ALLOWED: dict[str, set[str]] = {
         "compare_jobs",
         "compare_plan",
         "compare_recipe",
-        "evaluate",
+        "normalize",
         "rundir",
     },
     "comparison": {
@@ -167,7 +168,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "outer", "recipe"},
         *{"rundir", "tasks", "tensors", "trainer"},
     },
-    "steps": {"base_model", "evaluate", "executors", "models", "progress", "recipe", "rundir", "tasks"},
+    "steps": {"base_model", "evaluate", "executors", "models", "normalize", "progress", "recipe", "rundir", "tasks"},
     "steps_train": {
         *{"content", "evaluate", "gap_weights", "local_update", "models", "recipe", "rundir", "steps", "tasks"},
         *{"tensors"},
@@ -179,7 +180,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"rundir", "steps", "steps_search", "steps_train", "task_vector", "tensors"},
     },
     "card": {"recipe_file", "rundir", "steps"},
-    "rounds": {"card", "evaluate", "models", "rundir", "steps", "steps_merge", "steps_train"},
+    "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{

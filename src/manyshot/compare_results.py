@@ -13,7 +13,7 @@ from manyshot.compare_folder import CompareFolder
 from manyshot.compare_jobs import TEST, TRIAL
 from manyshot.compare_plan import Cell, Place, cells_at, count_steps, places
 from manyshot.compare_recipe import CompareRecipe
-from manyshot.evaluate import multi_task_loss, ratio, summary
+from manyshot.normalize import multi_task_loss, ratio, summary
 from manyshot.rundir import read_json
 
 Json = dict[str, Any]
@@ -91,7 +91,7 @@ def _method(recipe: CompareRecipe, name: str) -> Json:
     return {
         "label": recipe.label(name),
         "operator": method.operator.name if method.operator else None,
-        "reference": recipe.merge_of(name).reference,
+        "reference": recipe.own(name).merge.reference,
         "protocols": list(recipe.protocols(name)),
         "ablation_of": method.ablation_of,
         "removes": method.removes,

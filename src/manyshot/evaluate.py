@@ -1,4 +1,4 @@
-"""Measure a model: validation losses and test scores of tasks; scores beside the experts'.
+"""Measure a model: validation losses and test scores of tasks.
 
 Every model of a run is measured by the same code, batch sizes and decoding (greedy), so that differences are the
 model's own.
@@ -7,7 +7,7 @@ model's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from manyshot.examples import Message
 from manyshot.local_update import Split, held_out_sums
 from manyshot.loss_gap import TokenSums, mean_loss, token_sums
 from manyshot.metrics import find_metric
@@ -24,12 +25,16 @@ from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
 from manyshot.tasks import Encoded, Task, encode, encode_all, encode_prompt
 
+# test examples of a task that a report can show, and how much of a long text
+NUM_SHOWN, LONGEST_SHOWN = 4, 4000
+
 
 @dataclass(frozen=True)
 class MeasureJob:
     """Measure one model on some tasks: losses on the validation (or test) split, test scores, or both.
 
-    Writes losses.json, outputs.json and scores.json (last) into `folder`, or what of these is asked for.
+    Writes losses.json, outputs.json and scores.json (last) into `folder`, or what of these is asked for; with the
+    scores of the pretrained model also examples.json, which says what the first of the outputs answer.
     """
 
     recipe: Recipe
@@ -65,6 +70,8 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
             scored = _task_score(model, tokenizer, task, job, progress, known.get(task.name))
             scores[task.name], outputs[task.name] = scored
     write_json(job.folder / "outputs.json", outputs)
+    if job.state.is_pretrained:
+        write_json(job.folder / "examples.json", {task.name: shown_examples(task) for task in job.tasks})
     write_json(scores_path, scores)
     return {"losses": losses, "scores": scores}
 
@@ -78,7 +85,7 @@ def _task_loss(
         *(model, tokenizer, task, job.recipe, progress), round_index=job.round_index, which=which, split=job.split
     )
     same = job.split == "test" and job.recipe.evaluation.loss_on == "completion"
-    return mean_loss(encoded, sums).to_json(), correct_shares(encoded, sums) if same else None
+    return mean_loss(encoded, sums, task.spec.loss_scale).to_json(), correct_shares(encoded, sums) if same else None
 
 
 def _task_score(
@@ -104,6 +111,29 @@ def _task_score(
         for example, output, value in zip(task.test, outputs, values, strict=True)
     ]
     return score, said
+
+
+def shown_examples(task: Task) -> dict[str, Any]:
+    """The task's first test examples as people read them, for reports: what is asked, and what the data answers."""
+    return {
+        "kind": find_metric(task.spec.metric, task.name).kind,
+        "examples": [
+            {
+                "row": example.index,
+                "prompt": _shown(example.prompt),
+                "reference": _shown(example.completion_text),
+                "choices": [_shown(choice) for choice in example.choices],
+            }
+            for example in task.test[:NUM_SHOWN]
+        ],
+    }
+
+
+def _shown(text: str | Sequence[Message]) -> Any:
+    """A text, or messages by role, each no longer than a person reads."""
+    if not isinstance(text, str):
+        return [{"role": message["role"], "content": _shown(message["content"])} for message in text]
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} … ({len(text)} characters)"
 
 
 def generate_answers(model: Any, tokenizer: Any, task: Task, recipe: Recipe, tick: Any = None) -> list[str]:
@@ -217,41 +247,3 @@ ANSWERS: dict[str, Callable[..., list[str]]] = {
     "likelihood": choose_answers,
     "teacher_forced": predict_tokens,
 }
-
-
-# ---- scores beside the experts' --------------------------------------------------------------------------------------
-
-
-def normalized(scores: Mapping[str, Any], experts: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Score over the expert's score per task; average, worst task, and the drop between them.
-
-    A task whose expert scores 0 has no ratio: it is null and stays out of average and worst.
-    """
-    return summary({task: ratio(scores[task]["score"], experts[task]["score"]) for task in tasks})
-
-
-def summary(ratios: Mapping[str, float | None]) -> dict[str, Any]:
-    """Average, worst task, and the drop between them, of the tasks that have a ratio."""
-    defined = {task: one for task, one in ratios.items() if one is not None}
-    tasks = dict(ratios)
-    if not defined:
-        return {"tasks": tasks, "average": None, "worst": None, "worst_task": None, "drop": None}
-    worst_task = min(defined, key=lambda task: defined[task])
-    average = fmean(defined.values())
-    return {
-        "tasks": tasks,
-        "average": average,
-        "worst": defined[worst_task],
-        "worst_task": worst_task,
-        "drop": average - defined[worst_task],
-    }
-
-
-def ratio(score: float, expert: float) -> float | None:
-    """Score over the expert's; None where that is 0."""
-    return score / expert if expert > 0 else None
-
-
-def multi_task_loss(losses: Mapping[str, Any]) -> float:
-    """E(Θ) = (1/T) Σ_τ L_τ(Θ)."""
-    return fmean(entry["loss"] for entry in losses.values())

@@ -45,6 +45,10 @@ class ModelState:
     full: Path | None = None
     trust_remote_code: bool = False
 
+    @property
+    def is_pretrained(self) -> bool:
+        return not (self.task_vector or self.start_adapter or self.adapter or self.full)
+
 
 @dataclass(frozen=True)
 class Placement:

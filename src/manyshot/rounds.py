@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyshot.card import write_card
-from manyshot.evaluate import normalized
 from manyshot.models import ModelState
+from manyshot.normalize import normalized
 from manyshot.rundir import link_atomically, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
-from manyshot.steps_train import train_experts, update_locally
+from manyshot.steps_train import train_experts, uneven_steps, update_locally
 
 
 def run_rounds(run: Run) -> Json:
@@ -59,7 +59,8 @@ def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> M
     # ---- done: the record last
     if not run.trial:
         write_card(run, folder, round_index, summary)
-    write_json(folder / "DONE.json", {"round": round_index, "start_from": merged.start_from, "files": merged.digests})
+    done = {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
+    write_json(folder / "DONE.json", done | uneven_steps(run, experts))
     if not run.trial:
         link_atomically(run.folder.merged, folder / "merged")
     return start

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.base_model import BaseModel
-from manyshot.evaluate import MeasureJob, multi_task_loss, run_measure
+from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import Executor
 from manyshot.models import ModelState
+from manyshot.normalize import multi_task_loss
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder
