@@ -15,8 +15,9 @@ from manyshot import kernels, stream
 from manyshot.engine import Piece, cut
 from manyshot.errors import MergeError, ModelError
 from manyshot.operators import Dare, Mean, Metis, Operator, Ties, Tile, TsvM, tile_key
+from manyshot.outer import Outer
 from manyshot.reading import TaskVectorReader
-from manyshot.round_merge import MergeReport, Outer, merge_weights
+from manyshot.round_merge import MergeReport, merge_weights
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint

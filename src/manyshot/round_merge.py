@@ -6,7 +6,7 @@ Shapes: T = tasks, P = entries of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,28 +16,17 @@ from manyshot.engine import Piece, TilePool
 from manyshot.errors import MergeError, ModelError
 from manyshot.kernels.pieces import ADD_TO_START, AS_IT_IS, Target
 from manyshot.merge_report import MergeReport
-from manyshot.operators import Operator, OperatorPlan
+from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
+from manyshot.outer import Outer
 from manyshot.reading import Reference, TaskVectorReader, TileData, check_updates
 from manyshot.rundir import PARTIAL, atomic_file
 from manyshot.stream import MergeStream
-from manyshot.task_vector import AdapterFactors, FactorEntries, Scratch, StoredTaskVector, Update
+from manyshot.task_vector import AdapterFactors, FactorEntries, Scratch, StoredTaskVector, StoredUpdate, Update
 from manyshot.tensor_writer import PositionedWriter
 from manyshot.tensors import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Outer:
-    """The outer optimizer of reference `start`: Θʳ = Θʳ⁻¹ + step_size · M(u) + momentum · (Θʳ⁻¹ − Θʳ⁻²).
-
-    Heavy ball on the outer gradient M(u) (FedOpt, arXiv 2003.00295); 1 and 0 are plain ATM. `before` is Θʳ⁻² − Θ⁰.
-    """
-
-    step_size: float = 1.0
-    momentum: float = 0.0
-    before: StoredTaskVector | None = None
 
 
 def merge_weights(
@@ -58,11 +47,57 @@ def merge_weights(
 
     With reference `pretrained` (the paper), v_τ = (Θʳ⁻¹ − Θ⁰) + u_τ and Θʳ − Θ⁰ = M(v); with `start` (ATM, arXiv
     2411.03055), v_τ = u_τ and Θʳ − Θ⁰ = (Θʳ⁻¹ − Θ⁰) + M(u), or what `outer` makes of M(u); u_τ = θ_τ − Θʳ⁻¹ are the
-    `updates`. Raises ModelError for tensors that do not fit the base, MergeError for a merge that keeps nothing.
+    `updates`. What `outer` leaves for the next round is written together with it. Raises ModelError for tensors that do
+    not fit the base, MergeError for a merge that keeps nothing.
     """
     check_updates(pretrained, tasks, updates)
     reader = TaskVectorReader(pretrained, start, tuple(tasks), tuple(updates), reference)
     return _merge_into(reader, operator, weights, output, outer or Outer(), seed_parts, threads)
+
+
+def write_update(
+    pretrained: Checkpoint,
+    start: StoredTaskVector | None,
+    tasks: Sequence[str],
+    updates: Sequence[Update],
+    plan: OperatorPlan,
+    weights: Sequence[float],
+    output: Path,
+    *,
+    reference: Reference = "pretrained",
+    seed_parts: Sequence[str | int] = (0,),
+) -> None:
+    """Write D, the M(v) of merge_weights() with 1 for `scaling: auto`, to `output`: M(v) = β D for every other β."""
+    check_updates(pretrained, tasks, updates)
+    reader = TaskVectorReader(pretrained, start, tuple(tasks), tuple(updates), reference)
+    _merge_into(reader, plan.with_scaling(1.0), weights, output, None, seed_parts, None)
+
+
+def scale_update(
+    pretrained: Checkpoint,
+    start: StoredTaskVector | None,
+    update: Path,
+    plan: OperatorPlan,
+    scaling: float,
+    output: Path,
+    *,
+    reference: Reference = "pretrained",
+    outer: Outer | None = None,
+) -> None:
+    """Write the task vector that merge_weights() gives with β = `scaling`, from the D of write_update().
+
+    To the bit for operators that multiply by β last, as all do that are merged elementwise.
+    """
+    factors = OperatorPlan(
+        TaskArithmetic(scaling=scaling),
+        tuple(
+            (pattern, TaskArithmetic(scaling=scaling if operator.searches_scaling else 1.0))
+            for pattern, operator in plan.overrides
+        ),
+    )
+    from_start = start if reference == "start" else None  # else it is in D
+    merged = (StoredUpdate(update),)
+    merge_weights(pretrained, from_start, ("D",), merged, factors, (1.0,), output, reference=reference, outer=outer)
 
 
 def merge_factors(
@@ -101,18 +136,24 @@ def _merge_into(
     operator: Operator | OperatorPlan,
     weights: Sequence[float],
     output: Path,
-    outer: Outer,
+    outer: Outer | None,
     seed_parts: Sequence[str | int],
     threads: int | None,
 ) -> MergeReport:
-    """Stream a merge into one float32 file."""
+    """Stream a merge into one float32 file: Θʳ − Θ⁰, or (without `outer`) M(v) as it is."""
     if len(weights) != len(reader.tasks):
         raise MergeError(f"{len(weights)} weights for {len(reader.tasks)} tasks")
     plan = operator if isinstance(operator, OperatorPlan) else OperatorPlan(operator)
     infos = {name: TensorInfo(reader.shape(name), "F32") for name in reader.names()}
-    partial = output.with_name(output.name + PARTIAL)
-    with atomic_file(output), PositionedWriter({partial: infos}) as writer:
-        sink = _TaskVectorSink(writer, reader.reference, outer)
+    files = {output: infos}
+    if outer is not None and outer.leaves is not None:
+        files[outer.leaves] = outer.state_infos(infos)
+    with ExitStack() as stack:
+        for file in files:
+            stack.enter_context(atomic_file(file))
+        partial = {file.with_name(file.name + PARTIAL): tensors for file, tensors in files.items()}
+        writer = stack.enter_context(PositionedWriter(partial))
+        sink = _TaskVectorSink(writer, reader.reference if outer else "pretrained", outer or Outer())
         report = MergeStream(reader, plan, weights, seed_parts, sink, TilePool(threads)).run()
         refuse_empty(report, weights)
     return report
@@ -125,7 +166,7 @@ class _TaskVectorSink:
         self.writer, self.reference, self.outer = writer, reference, outer
 
     def target(self, name: str) -> Target | None:
-        if (self.outer.step_size, self.outer.momentum) != (1, 0):
+        if not self.outer.plain:
             return None
         file, begin, kind = self.writer.place(name)
         return Target(AS_IT_IS if self.reference == "pretrained" else ADD_TO_START, kind, file, begin)
@@ -143,7 +184,7 @@ class _TaskVectorSink:
                 kernels.subtract(merged_P, start_P, update_P)
         else:
             kernels.widen(kept_P, update_P)
-            self._optimize(piece, start_P, update_P, scratch)
+            self.outer.step(piece, start_P, update_P, scratch, self.writer)
             bad = (
                 kernels.add_to(start_P, update_P, merged_P)
                 if start_P is not None
@@ -158,21 +199,6 @@ class _TaskVectorSink:
         if bad:
             raise MergeError(f"tensor '{piece.name}': the merged task vector holds NaN or Inf; an expert diverged")
 
-    def _optimize(self, piece: Piece, start_P: torch.Tensor | None, update_P: torch.Tensor, scratch: Scratch) -> None:
-        """update ← step_size · update + momentum · (Θʳ⁻¹ − Θʳ⁻²)."""
-        if self.outer.step_size != 1:
-            update_P *= self.outer.step_size
-        if self.outer.momentum == 0 or start_P is None:
-            return
-        velocity_P = scratch.take("velocity", piece.count)
-        kernels.widen(start_P, velocity_P)
-        if self.outer.before is not None and piece.name in self.outer.before:
-            before_P = scratch.take("before last", piece.count)
-            self.outer.before.read_entries(piece.name, piece.start, before_P)
-            velocity_P -= before_P
-        velocity_P *= self.outer.momentum
-        update_P += velocity_P
-
 
 def refuse_empty(report: MergeReport, weights: Sequence[float]) -> None:
     """A merge that keeps nothing is a mistake, not a result."""
@@ -185,4 +211,4 @@ def refuse_empty(report: MergeReport, weights: Sequence[float]) -> None:
         )
 
 
-__all__ = ["MergeReport", "Outer", "merge_factors", "merge_weights", "refuse_empty"]
+__all__ = ["MergeReport", "merge_factors", "merge_weights", "refuse_empty", "scale_update", "write_update"]

@@ -306,11 +306,11 @@ class StoredTaskVector:
         self.tensors.read_entries(name, start, out_P)
 
 
-class FactorEntries:
-    """An adapter's factors as they are, A and B: the vectors of `space: factors`, where Θ⁰ counts as zero."""
+class StoredUpdate:
+    """An update that is stored as it is, tensor by tensor."""
 
-    def __init__(self, adapter: Path) -> None:
-        self.weights = AdapterFactors(adapter).weights
+    def __init__(self, file: Path) -> None:
+        self.weights = Checkpoint(file)
         self.names = self.weights.names
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -327,3 +327,10 @@ class FactorEntries:
 
     def norm(self) -> float | None:
         return None
+
+
+class FactorEntries(StoredUpdate):
+    """An adapter's factors as they are, A and B: the vectors of `space: factors`, where Θ⁰ counts as zero."""
+
+    def __init__(self, adapter: Path) -> None:
+        super().__init__(AdapterFactors(adapter).weights.path)
