@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
+Memory = Annotated[float, Ge(0), Lt(1)]
 Count = Annotated[int, Ge(1)]
 # one value, or one per round (METHOD: βʳ)
 PerRound = Positive | tuple[Positive, ...]
 FractionPerRound = Fraction | tuple[Fraction, ...]
 ThresholdPerRound = NonNegative | tuple[NonNegative, ...]
 CountPerRound = Count | tuple[Count, ...]
+MemoryPerRound = Memory | tuple[Memory, ...]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +152,24 @@ class Operator:
                 found.append((entry.name, f"has {len(value)} values for {rounds} rounds; give one, or one per round"))
         return found
 
+    @property
+    def searches_scaling(self) -> bool:
+        """Whether a line search finds β in every merge (`scaling: auto`)."""
+        return getattr(self, "scaling", None) == "auto"
+
+    def with_scaling(self, scaling: float) -> Self:
+        """This operator with a number for `scaling: auto`."""
+        chosen: dict[str, Any] = {"scaling": scaling}
+        return replace(self, **chosen) if self.searches_scaling else self
+
     def growth(self, num_tasks: int) -> float:
-        """The factor by which a round multiplies what all task vectors share: β·T for a sum, β for a mean."""
+        """The factor by which a round multiplies what all task vectors share: β·T for a sum, β for a mean.
+
+        1 where a line search chooses β: it stops where the losses rise.
+        """
         scaling = getattr(self, "scaling", 1.0)
+        if self.searches_scaling:
+            return 1.0
         largest = max(scaling) if isinstance(scaling, tuple) else scaling
         return float(largest) * (num_tasks if self.sums else 1)
 
@@ -165,7 +182,7 @@ class Operator:
 class MatrixOperator(Operator):
     """An operator on whole matrices. What is not a matrix is averaged (and scaled), as the papers do."""
 
-    scaling: PerRound = field(default=1.0)
+    scaling: PerRound | Literal["auto"] = field(default=1.0)
 
     def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The tensors that are not matrices: β Σ_τ w_τ v_τ / T."""
@@ -176,10 +193,12 @@ class MatrixOperator(Operator):
         raise TypeError(f"{type(self).__name__} does not define merge_matrix()")
 
 
-def one(value: Number | tuple[Number, ...]) -> Number:
-    """A hyper-parameter of which at_round() has chosen this round's value."""
+def one(value: Number | tuple[Number, ...] | Literal["auto"]) -> Number:
+    """A hyper-parameter of which at_round() has chosen this round's value, or a line search."""
     if isinstance(value, tuple):
         raise TypeError("a per-round hyper-parameter: call at_round() before merge()")
+    if isinstance(value, str):
+        raise TypeError("scaling: auto is found in a run: call with_scaling() before merge()")
     return value
 
 

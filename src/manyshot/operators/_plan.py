@@ -25,6 +25,16 @@ class OperatorPlan:
         overrides = tuple((pattern, operator.at_round(round_index)) for pattern, operator in self.overrides)
         return OperatorPlan(self.default.at_round(round_index), overrides)
 
+    @property
+    def searches_scaling(self) -> bool:
+        """Whether a line search finds β (`scaling: auto` of the default operator)."""
+        return self.default.searches_scaling
+
+    def with_scaling(self, scaling: float) -> OperatorPlan:
+        """A number for every `scaling: auto`; overrides that have a scaling of their own keep it."""
+        overrides = tuple((pattern, operator.with_scaling(scaling)) for pattern, operator in self.overrides)
+        return OperatorPlan(self.default.with_scaling(scaling), overrides)
+
     def unused(self, names: Iterable[str]) -> list[str]:
         """Patterns that fit none of the names."""
         names = list(names)

@@ -20,7 +20,7 @@ class ConsensusTA(Operator):
     name: Literal["consensus_ta"] = "consensus_ta"
     mask_threshold: ThresholdPerRound = 0.4
     min_agreement: CountPerRound = 2
-    scaling: PerRound = 0.4
+    scaling: PerRound | Literal["auto"] = 0.4
 
     weighting: ClassVar[Weighting] = "multiplier"
     sums: ClassVar[bool] = True

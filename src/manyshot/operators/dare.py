@@ -18,7 +18,7 @@ class Dare(Operator):
 
     name: Literal["dare"] = "dare"
     density: FractionPerRound = 0.2
-    scaling: PerRound = 0.4
+    scaling: PerRound | Literal["auto"] = 0.4
     then: Literal["task_arithmetic", "ties"] = "task_arithmetic"
     rescale: bool = True
 

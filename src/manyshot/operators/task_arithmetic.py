@@ -14,7 +14,7 @@ class TaskArithmetic(Operator):
     """M(v) = β Σ_τ w_τ v_τ, with w_τ = 1 unless given; β is `scaling`."""
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
-    scaling: PerRound = 0.4
+    scaling: PerRound | Literal["auto"] = 0.4
 
     weighting: ClassVar[Weighting] = "multiplier"
     sums: ClassVar[bool] = True

@@ -23,7 +23,7 @@ class Ties(Operator):
 
     name: Literal["ties"] = "ties"
     density: FractionPerRound = 0.2
-    scaling: PerRound = 1.0
+    scaling: PerRound | Literal["auto"] = 1.0
     trim_scope: Literal["tensor", "model"] = "tensor"
 
     weighting: ClassVar[Weighting] = "multiplier"
