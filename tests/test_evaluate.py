@@ -17,6 +17,7 @@ from manyshot.evaluate import (
     generate_answers,
     predict_tokens,
     run_measure,
+    shown_examples,
 )
 from manyshot.metrics import METRICS
 from manyshot.models import ModelState, Placement, load_model
@@ -175,6 +176,8 @@ def test_run_measure_writes_losses_scores_and_outputs_and_reads_them_back(
     for task in tasks:
         score = measured["scores"][task.name]
         said = read_json(tmp_path / "out" / "outputs.json")[task.name]
+        asked = read_json(tmp_path / "out" / "examples.json")[task.name]["examples"]
+        assert [one["row"] for one in asked] == [entry["row"] for entry in said[:4]]
         values = [entry["score"] for entry in said]
         assert [entry["row"] for entry in said] == [example.index for example in task.test]
         assert score["score"] == pytest.approx(sum(values) / 6)
@@ -187,3 +190,22 @@ def test_run_measure_writes_losses_scores_and_outputs_and_reads_them_back(
     again = run_measure(job, Progress(lambda event: events.append(event.phase)))
     assert again == measured
     assert events == []  # nothing was loaded or computed
+
+
+def test_shown_examples_are_the_first_of_the_test_split_and_no_longer_than_one_reads() -> None:
+    prompt = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "x" * 5000})
+    examples = tuple(Example(row, prompt, f"answer {row}", choices=("a", "b"), answer=0) for row in (7, 3, 5, 8, 9))
+    task = Task("long", TaskSpec(data="rows.jsonl", metric="choice_accuracy"), (), (), examples, {})
+    found = shown_examples(task)
+    assert found["kind"] == "likelihood"
+    assert [one["row"] for one in found["examples"]] == [7, 3, 5, 8]
+    first = found["examples"][0]
+    assert (first["reference"], first["choices"]) == ("answer 7", ["a", "b"])
+    assert first["prompt"][0] == {"role": "system", "content": "be brief"}
+    assert first["prompt"][1]["content"] == "x" * 4000 + " … (5000 characters)"
+
+
+def test_only_the_pretrained_model_is_one_without_an_update(tmp_path: Path) -> None:
+    assert ModelState(tmp_path).is_pretrained
+    for part in ("task_vector", "start_adapter", "adapter", "full"):
+        assert not ModelState(tmp_path, **{part: tmp_path}).is_pretrained  # type: ignore[arg-type]

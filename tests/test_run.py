@@ -50,7 +50,7 @@ def test_run_leaves_exactly_the_files_of_the_run_folder(runs: Runs) -> None:
     merge = ["loss_gap.json", "merge.json", "task_vector.safetensors"]
     base = [file.name for file in Path(runs.mapping["model"]).iterdir()]
     expected = {"recipe.yaml", "environment.json", "splits.json", "scores.json", "merged"}
-    expected |= {f"round_000/{name}" for name in measured}
+    expected |= {f"round_000/{name}" for name in (*measured, "examples.json")}
     expected |= {f"post_hoc/{name}" for name in (*measured, *merge)}
     for task in TASKS:
         expected |= {f"experts/{task}/{name}" for name in (*update, "outputs.json", "scores.json")}
