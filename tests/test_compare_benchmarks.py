@@ -22,7 +22,6 @@ from manyshot.errors import DataError, MissingExtraError, ModelError
 from manyshot.eval_command import evaluate_model
 from manyshot.harness import HarnessSettings
 from manyshot.models import ModelState
-from manyshot.operators import Mean
 from manyshot.progress import Progress
 from manyshot.recipe_file import compare_recipe_from_mapping
 from manyshot.rundir import read_json
@@ -297,7 +296,7 @@ def test_a_benchmark_that_breaks_fails_before_anything_is_trained(
 
 def test_a_job_with_nothing_left_loads_no_model(raw: Json, base_folder: Path, tmp_path: Path) -> None:
     recipe = make(raw)
-    update = recipe.run_recipe("tiny", PAIR, 0, Mean(), "post_hoc").local_update
+    update = recipe.run_recipe("tiny", PAIR, 0, recipe.shared, "post_hoc").local_update
     job = BenchmarkJob(update, ModelState(tmp_path / "nowhere"), tmp_path, {}, recipe.harness)
     run_benchmarks(job, Progress())
     assert list(tmp_path.iterdir()) == []

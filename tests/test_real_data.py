@@ -12,7 +12,6 @@ from manyshot.errors import RecipeError
 from manyshot.inputs import check_tasks
 from manyshot.metrics import check_metric, find_metric
 from manyshot.models import load_tokenizer
-from manyshot.operators import Mean
 from manyshot.recipe_file import load_compare_recipe, recipe_from_mapping
 from manyshot.runner import run
 from manyshot.tasks import encode_all, load_task
@@ -61,7 +60,7 @@ def test_the_laptop_study_reads_its_tasks_from_the_folder_of_the_data(
     recipe = load_compare_recipe(LAPTOP_STUDY, [f"models.smollm2-135m={base_folder}"])
     names = tuple(recipe.sets["eleven"].tasks)
     assert len(names) == 11
-    run_recipe = recipe.run_recipe("smollm2-135m", names, 0, Mean(), "many_shot")
+    run_recipe = recipe.run_recipe("smollm2-135m", names, 0, recipe.shared, "many_shot")
     tasks = check_tasks(run_recipe)
     assert [task.name for task in tasks] == list(names)
     assert all((len(task.validation), len(task.test)) == (8, 28) for task in tasks)

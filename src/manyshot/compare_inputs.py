@@ -7,7 +7,6 @@ from manyshot.compare_plan import all_cells, places
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.inputs import Inputs, check_inputs
 from manyshot.models import ModelState
-from manyshot.operators import Mean
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe, operator_warnings
 
@@ -20,7 +19,7 @@ def check_all_inputs(recipe: CompareRecipe, progress: Progress) -> dict[tuple[st
     found = {}
     for model, seed in dict.fromkeys((place.model, place.seed) for place in places(recipe)):
         progress.message(f"checking data and model: {model}, seed {seed}")
-        run = recipe.run_recipe(model, names, seed, Mean(), "many_shot")
+        run = recipe.run_recipe(model, names, seed, recipe.shared, "many_shot")
         found[model, seed] = check_inputs(with_tasks(run, recipe, (*names, *recipe.retention)))
     if recipe.benchmarks:
         progress.message("checking benchmarks: their data, resources and metrics")
@@ -34,12 +33,11 @@ def method_warnings(recipe: CompareRecipe) -> list[str]:
     """What a run of a cell would warn of; once for each method, protocol and task set."""
     found = []
     for cell in all_cells(recipe):
-        spec = recipe.methods[cell.method]
-        if spec.operator is None:
+        if recipe.methods[cell.method].operator is None:
             continue
         tasks = recipe.sets[cell.place.task_set].tasks
         for candidate in recipe.candidates(cell.method):
-            run = recipe.run_recipe(cell.place.model, tasks, cell.place.seed, candidate, cell.protocol, cell.method)
+            run = recipe.run_recipe(cell.place.model, tasks, cell.place.seed, candidate, cell.protocol)
             where = f"methods.{cell.method}, {cell.protocol}, {len(tasks)} tasks"
             found += [f"{where}: {warning}" for warning in operator_warnings(run)]
     return list(dict.fromkeys(found))

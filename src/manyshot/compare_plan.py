@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from manyshot.compare_recipe import CompareRecipe
+from manyshot.compare_recipe import Candidate, CompareRecipe
+from manyshot.recipe import Protocol
+from manyshot.rundir import content_key
 
 
 @dataclass(frozen=True, order=True)
@@ -63,64 +66,117 @@ def is_tuned_at(recipe: CompareRecipe, cell: Cell) -> bool:
     return here and bool(recipe.methods[cell.method].grid)
 
 
-def num_tries(recipe: CompareRecipe, cell: Cell) -> int:
-    """Runs that a cell needs: one, or one for each candidate of its grid where that is searched."""
-    return len(recipe.candidates(cell.method)) if is_tuned_at(recipe, cell) else 1
+def tries(recipe: CompareRecipe, cell: Cell) -> list[Candidate]:
+    """What a cell runs: the candidates of its grid where that is searched; elsewhere one, as which the first counts."""
+    if cell.protocol == "joint":
+        return [recipe.own(cell.method)]
+    if full := recipe.methods[cell.method].ablation_of:
+        return [recipe.ablated(cell.method, recipe.candidates(full)[0])]
+    candidates = recipe.candidates(cell.method)
+    return candidates if is_tuned_at(recipe, cell) else candidates[:1]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A local update from the pretrained model, by all that tells it from others: equal ones are done once."""
+
+    model: str
+    task: str
+    seed: int
+    settings: str
+    num_steps: int
+    batch_size: int
+
+
+def first_updates(recipe: CompareRecipe, place: Place, candidate: Candidate, shot: str) -> set[Update]:
+    """The local updates from the pretrained model that a candidate asks for: all steps, or the first round's."""
+    update, protocols = candidate.local_update, _protocols(recipe, place, candidate, shot)
+    # of all inputs of its key (steps_train), those that methods may have otherwise
+    settings = content_key(update.model_dump(mode="json"), candidate.merge.space)
+    return {
+        Update(place.model, task, place.seed, settings, protocol.steps_in_round(1), update.batch_size)
+        for task, protocol in protocols.items()
+    }
+
+
+def _protocols(recipe: CompareRecipe, place: Place, candidate: Candidate, shot: str) -> dict[str, Protocol]:
+    """Task -> the rounds and steps that it takes part in."""
+    protocol = candidate.protocol
+    if shot == "post_hoc":
+        protocol = Protocol(rounds=1, local_steps=protocol.local_steps)
+    tasks = recipe.sets[place.task_set].tasks
+    return {task: protocol.share(recipe.tasks[task].steps_share) for task in tasks}
 
 
 def count_steps(recipe: CompareRecipe) -> dict[str, Any]:
     """Optimizer steps of the whole comparison: as shared here, and with every cell as a run of its own.
 
     A cell on its own trains its experts too, since normalized performance divides by their scores (post-hoc merges
-    the same experts; its candidates need no training). Shared, experts are trained once per backbone, task and seed,
-    and so is the first round, which starts from the pretrained model whatever the operator.
+    the same experts, unless its method trains in its own way; other candidates need no training). Shared, local
+    updates from the pretrained model are trained once per backbone, task, seed and settings, whatever the operator:
+    the experts, and the first round. An expert that exists already is not trained.
     """
-    total, first = recipe.protocol.local_steps, recipe.protocol.steps_in_round(1)
-    many_shot_runs, joint, alone = 0, 0, 0
-    trained: set[tuple[str, str, int]] = set()
-    begun: set[tuple[str, str, int]] = set()
+    later, joint, alone, examples = 0, 0, 0, 0
+    experts: set[Update] = set()
+    begun: set[Update] = set()
     for cell in all_cells(recipe):
-        tasks = recipe.sets[cell.place.task_set].tasks
-        # an expert that exists already is not trained; with one round, its first updates are the experts
-        keys = {(cell.place.model, task, cell.place.seed) for task in tasks if recipe.tasks[task].expert is None}
-        trained |= keys
-        alone += len(keys) * total
-        if cell.protocol == "many_shot":
-            begun |= keys if first < total else set()
-            later = num_tries(recipe, cell) * len(tasks) * (total - first)
-            many_shot_runs += later
-            alone += later + num_tries(recipe, cell) * len(keys) * first
-        elif cell.protocol == "joint":
-            joint += len(tasks) * total
-            alone += len(tasks) * total
+        place, shot = cell.place, cell.protocol
+        needed = first_updates(recipe, place, recipe.shared, "post_hoc")
+        for candidate in tries(recipe, cell):
+            size = candidate.local_update.batch_size
+            if shot == "joint":
+                steps = len(recipe.sets[place.task_set].tasks) * recipe.protocol.local_steps
+                joint, alone, examples = joint + steps, alone + steps, examples + steps * size
+                continue
+            asked = first_updates(recipe, place, candidate, shot)
+            if shot == "post_hoc":
+                needed |= asked
+                continue
+            begun |= asked
+            steps = sum(one.local_steps for one in _protocols(recipe, place, candidate, shot).values())
+            steps -= sum(update.num_steps for update in asked)
+            later, examples = later + steps, examples + steps * size
+            alone += steps + _num_steps(recipe, asked)
+        experts |= needed
+        alone += _num_steps(recipe, needed)
     parts = {
-        "experts": len(trained) * total,
-        "first_rounds": len(begun) * first,
-        "later_rounds": many_shot_runs,
+        "experts": _num_steps(recipe, experts),
+        "first_rounds": _num_steps(recipe, begun - experts),  # with one round they are the experts
+        "later_rounds": later,
         "joint": joint,
     }
     shared = sum(parts.values())
-    return {"shared": shared, "one_by_one": alone, "ratio": alone / shared if shared else None, "by_part": parts}
+    examples += sum(update.num_steps * update.batch_size for update in _trained(recipe, experts | begun))
+    ratio = alone / shared if shared else None
+    return {"shared": shared, "one_by_one": alone, "ratio": ratio, "by_part": parts, "examples": examples}
+
+
+def _num_steps(recipe: CompareRecipe, updates: Iterable[Update]) -> int:
+    return sum(update.num_steps for update in _trained(recipe, updates))
+
+
+def _trained(recipe: CompareRecipe, updates: Iterable[Update]) -> list[Update]:
+    return [update for update in updates if recipe.tasks[update.task].expert is None]
 
 
 def count_evaluations(recipe: CompareRecipe) -> tuple[int, int]:
     """How many times a model is measured on a task's validation split, and on its test split, at most."""
-    rounds, retention = recipe.protocol.rounds, len(recipe.retention)
     losses, tests = 0, 0
-    experts: set[tuple[str, str, int]] = set()
-    begun: set[tuple[str, str, int]] = set()
+    pairs: set[tuple[str, str, int]] = set()
+    updates: set[Update] = set()
     for cell in all_cells(recipe):
         place, tasks = cell.place, recipe.sets[cell.place.task_set].tasks
-        keys = {(place.model, task, place.seed) for task in tasks}
-        experts |= keys
-        begun |= keys if cell.protocol == "many_shot" and rounds > 1 else set()
-        # every merged model, and the local updates of the later rounds; joint fine-tuning needs neither
-        once = {"many_shot": 2 * rounds - 1, "post_hoc": 1, "joint": 0}[cell.protocol]
-        losses += num_tries(recipe, cell) * len(tasks) * once
-        tests += len(tasks) + retention
-    # experts and first updates on their own task, the pretrained model on every one
-    kept = retention * len({(model, seed) for model, _, seed in experts})
-    return losses + 2 * len(experts) + len(begun), tests + 2 * len(experts) + kept
+        pairs |= {(place.model, task, place.seed) for task in tasks}
+        updates |= first_updates(recipe, place, recipe.shared, "post_hoc")
+        tests += len(tasks) + len(recipe.retention)
+        for candidate in tries(recipe, cell) if cell.protocol != "joint" else ():  # which is not asked for its losses
+            updates |= first_updates(recipe, place, candidate, cell.protocol)
+            rounds = 1 if cell.protocol == "post_hoc" else candidate.protocol.rounds
+            # every merged model, and the local updates of the later rounds
+            losses += len(tasks) * (2 * rounds - 1)
+    # the pretrained model on every task, each expert on its own
+    kept = len(recipe.retention) * len({(model, seed) for model, _, seed in pairs})
+    return losses + len(pairs) + len(updates), tests + 2 * len(pairs) + kept
 
 
 def count_benchmarks(recipe: CompareRecipe) -> int:
@@ -140,19 +196,20 @@ def plan_compare(recipe: CompareRecipe) -> dict[str, Any]:
     """Cells, steps and evaluations, before anything is loaded."""
     cells = all_cells(recipe)
     losses, tests = count_evaluations(recipe)
+    steps = count_steps(recipe)
     return {
         "cells": [
             {
                 "place": vars(cell.place),
                 "method": cell.method,
                 "protocol": cell.protocol,
-                "tries": num_tries(recipe, cell),
+                "tries": len(tries(recipe, cell)),
             }
             for cell in cells
         ],
-        "steps": count_steps(recipe),
+        "steps": steps,
         "benchmarks": count_benchmarks(recipe),
-        "train_examples": count_steps(recipe)["shared"] * recipe.local_update.batch_size,
+        "train_examples": steps["examples"],
         "validation_examples": losses * recipe.evaluation.validation_examples,
         "test_examples": tests * recipe.evaluation.test_examples,
     }
