@@ -60,8 +60,14 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"operators", "task_spec", "training_spec"},
     "merge_recipe": {"operators", "recipe"},
     "mergekit_yaml": {"errors"},
-    "recipe_problems": {"benchmark_spec", "compare_recipe", "errors", "merge_recipe", "operators", "recipe"},
-    "recipe_file": {"compare_recipe", "errors", "merge_recipe", "mergekit_yaml", "recipe", "recipe_problems"},
+    "tune_space": set(),
+    "tune_recipe": {"errors", "recipe", "task_spec", "tune_space"},
+    "recipe_problems": {
+        *{"benchmark_spec", "compare_recipe", "errors", "merge_recipe", "operators", "recipe", "tune_recipe"},
+    },
+    "recipe_file": {
+        *{"compare_recipe", "errors", "merge_recipe", "mergekit_yaml", "recipe", "recipe_problems", "tune_recipe"},
+    },
     "starter": {"operators", "recipe"},
     "status": {"errors", "rundir"},
     "data_files": {"demo", "errors"},
@@ -137,7 +143,8 @@ ALLOWED: dict[str, set[str]] = {
     "compare_gain": {"normalize"},
     "compare_folder": {"compare_recipe", "errors", "inputs", "models", "recipe_file", "rundir", "runner"},
     "compare_inputs": {
-        *{"compare_benchmarks", "compare_plan", "compare_recipe", "inputs", "models", "progress", "recipe"},
+        *{"compare_benchmarks", "compare_plan", "compare_recipe", "errors", "inputs", "models", "progress", "recipe"},
+        *{"tasks", "trainer"},
     },
     "compare_jobs": {
         *{"benchmark_spec", "compare_benchmarks"},
@@ -147,6 +154,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare_results": {
         "compare_benchmarks",
         "compare_folder",
+        "compare_gain",
         "compare_jobs",
         "compare_plan",
         "compare_recipe",
@@ -171,13 +179,14 @@ ALLOWED: dict[str, set[str]] = {
     "compare_render": {"compare_statistics"},
     "compare_tables": {"compare_grid", "compare_render", "compare_statistics"},
     "compare_rounds": {"compare_grid"},
-    "compare_detail_tables": {"compare_grid", "compare_render", "compare_rounds", "compare_tables"},
+    "compare_detail_tables": {"compare_gain", "compare_grid", "compare_render", "compare_rounds", "compare_tables"},
+    "compare_gain_tables": {"compare_gain", "compare_grid", "compare_render", "compare_statistics", "compare_tables"},
     "compare_drawing": {"compare_grid", "compare_render", "compare_statistics", "errors", "rundir"},
     "compare_round_figures": {"compare_drawing", "compare_grid", "compare_rounds", "compare_statistics"},
     "compare_figures": {"compare_drawing", "compare_grid", "compare_round_figures", "compare_tables", "rundir"},
     "compare_outputs": {
-        *{"compare_detail_tables", "compare_figures", "compare_grid", "compare_render", "compare_tables"},
-        *{"errors", "rundir"},
+        *{"compare_detail_tables", "compare_figures", "compare_gain_tables", "compare_grid", "compare_render"},
+        *{"compare_tables", "errors", "rundir"},
     },
     "inputs": {
         *{"allocation", "base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "outer"},
@@ -227,6 +236,20 @@ ALLOWED: dict[str, set[str]] = {
         *{"errors", "eval_model", "evaluate", "harness", "harness_data", "harness_presets", "inputs", "models"},
         *{"harness_tasks", "judge", "progress", "recipe", "recipe_file", "rundir", "tasks"},
     },
+    "tune_plan": {"tune_recipe"},
+    "tune_sampler": {"errors", "tune_space"},
+    "tune_folder": {
+        *{"errors", "inputs", "models", "recipe_file", "rundir", "runner", "tune_recipe", "tune_sampler"},
+        *{"tune_space"},
+    },
+    "tune_results": {"tune_folder", "tune_recipe", "tune_sampler", "tune_space"},
+    "tune_figures": {"compare_drawing", "tune_space"},
+    "tune_outputs": {"compare_drawing", "compare_render", "errors", "rundir", "tune_figures", "tune_space"},
+    "tuning": {
+        *{"compare_gain", "compare_jobs", "disk", "errors", "executors", "inputs", "models", "progress", "recipe"},
+        *{"recipe_file", "rounds", "rundir", "runner", "seeding", "steps", "steps_train"},
+        *{"tune_folder", "tune_outputs", "tune_recipe", "tune_results", "tune_sampler", "tune_space"},
+    },
     "api": {
         "compare_recipe",
         "comparison",
@@ -236,6 +259,8 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "recipe_file",
         "runner",
+        "tune_recipe",
+        "tuning",
     },
 }
 # the outermost layer: it may import everything, and nothing imports it
@@ -267,6 +292,7 @@ DOORS: dict[str, set[str]] = {
         "starter",
         "task_spec",
         "training_spec",
+        "tune_recipe",
     },
     "pydantic_core": {
         *{
@@ -280,10 +306,11 @@ DOORS: dict[str, set[str]] = {
             "training_spec",
         },
     },
-    "typer": {"cli", "cli_compare", "cli_eval", "cli_inspect", "cli_merge"},
+    "typer": {"cli", "cli_compare", "cli_eval", "cli_inspect", "cli_merge", "cli_tune"},
     "rich": {"cli_eval", "cli_inspect_view", "cli_view"},
-    "matplotlib": {"cli_inspect_view", "compare_drawing", "compare_figures", "compare_round_figures"},
+    "matplotlib": {"cli_inspect_view", "compare_drawing", "compare_figures", "compare_round_figures", "tune_figures"},
     "gguf": set(),
+    "optuna": {"tune_sampler"},
 }
 FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 OPERATOR_IMPORTS = {"torch", "numpy", "annotated_types"}

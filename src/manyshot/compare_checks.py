@@ -170,7 +170,7 @@ def cell_problems(recipe: CompareSpec) -> Problems:
         tries: list[tuple[str, Candidate, str]] = [("", recipe.shared, "post_hoc")]
         for name, method in recipe.methods.items():
             if method.task_sets is None or task_set in method.task_sets:
-                tries += [(name, candidate, shot) for candidate in _all_of(recipe, name) for shot in _shots(method)]
+                tries += [(name, candidate, shot) for candidate in recipe.possible(name) for shot in _shots(method)]
         for name, candidate, shot in tries:
             for key, text in _run_problems(recipe, one.tasks, candidate, shot):
                 found.setdefault((_key_of(recipe, name, key), text), task_set)
@@ -181,12 +181,6 @@ def cell_problems(recipe: CompareSpec) -> Problems:
 def _shots(method: Method) -> tuple[str, ...]:
     """Joint fine-tuning trains as a run does."""
     return ("post_hoc",) if method.joint else method.protocols
-
-
-def _all_of(recipe: CompareSpec, method: str) -> list[Candidate]:
-    """Everything that a method, or the one it is an ablation of, may come to."""
-    full = recipe.methods[method].ablation_of
-    return [recipe.ablated(method, one) for one in recipe.candidates(full)] if full else recipe.candidates(method)
 
 
 def _run_problems(recipe: CompareSpec, tasks: tuple[str, ...], candidate: Candidate, shot: str) -> Problems:
@@ -201,7 +195,7 @@ def _for_all_problems(recipe: CompareSpec) -> Problems:
     """What a method may not have of its own."""
     found: dict[str, str] = {}
     for name in recipe.methods:
-        for candidate in _all_of(recipe, name):
+        for candidate in recipe.possible(name):
             changed = candidate.differences(recipe.shared)
             found |= {_key_of(recipe, name, key): text for key, text in FOR_ALL.items() if key in changed}
     return list(found.items())

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from manyshot.compare_grid import PROTOCOLS, Grid, Group, score, score_normalized, task_loss
+from manyshot.compare_gain import CRITERIA
+from manyshot.compare_grid import PROTOCOLS, Grid, Group, score, score_normalized, task_kept, task_loss
 from manyshot.compare_render import Cell, Column, Row, Table
 from manyshot.compare_rounds import (
     at_round,
@@ -32,6 +33,8 @@ from manyshot.compare_tables import (
 
 TASK_SET = Column("task_set", "Task set", "text")
 EXPERTS = "Experts, each on its own task"
+# tables of what is relative to the experts, who would have 1 everywhere
+RELATIVE = ("per_task_normalized", "per_task_shares")
 
 
 # ---- every task ------------------------------------------------------------------------------------------------------
@@ -57,11 +60,20 @@ def per_task_normalized(grid: Grid) -> Table | None:
     return _per_task(grid, "per_task_normalized", title, NORMALIZED, "higher", score_normalized)
 
 
+def per_task_shares(grid: Grid) -> Table | None:
+    """Share of the gain kept on every task; nothing where it was not computed."""
+    if not any("share" in cell for cell in grid.results["cells"]):
+        return None
+    caption = "Share of the expert's gain on the pretrained model's test loss that a model keeps, higher is better"
+    return _per_task(grid, "per_task_shares", "share of the gain kept of every task", caption, "higher", task_kept)
+
+
 def _per_task(
     grid: Grid, name: str, title: str, caption: str, better: Literal["higher", "lower"], pick_of: Any
 ) -> Table | None:
     """Rows: model, task set, method; columns: the tasks, or benchmarks, of all sets, empty where a set lacks one."""
-    columns_of = grid.tasks if name == "per_task_losses" else grid.scored
+    of_tasks, relative = name in ("per_task_losses", "per_task_shares"), name in RELATIVE
+    columns_of = grid.tasks if of_tasks else grid.scored
     tasks = list(dict.fromkeys(task for task_set in grid.task_sets for task in columns_of(task_set)))
     rows: list[Row] = []
     notes: list[str] = []
@@ -71,7 +83,8 @@ def _per_task(
             if not groups:
                 continue
             known = columns_of(task_set)
-            kinds = {PRETRAINED: "pretrained"} | ({} if name == "per_task_normalized" else {EXPERTS: "experts"})
+            kinds = {} if name == "per_task_shares" else {PRETRAINED: "pretrained"}
+            kinds |= {} if relative else {EXPERTS: "experts"}
             for label, key in kinds.items():
                 found = [
                     _reference(grid, model, task_set, pick_of, task, key) if task in known else "" for task in tasks
@@ -172,7 +185,8 @@ def tuning(grid: Grid) -> Table | None:
         Column("settings", "Settings", "text"),
         *(Column("tried", "Tried", "number"), Column("not_finished", "Not finished", "number")),
         Column("seeds", "On seeds", "text"),
-        *(Column("chosen_loss", "Chosen", "number"), Column("highest_loss", "Highest", "number")),
+        Column("by", "By", "text"),
+        *(Column("chosen_value", "Chosen", "number"), Column("worst_value", "Worst", "number")),
         Column("train_steps", "Steps", "number"),
     )
     tuned = {(entry["model"], entry["method"], entry["protocol"]): entry for entry in grid.results["tuning"]}
@@ -186,30 +200,34 @@ def tuning(grid: Grid) -> Table | None:
     if not rows:
         return None
     caption = (
-        "Settings of every method. Where several were tried, they were compared by multi-task loss on the validation "
-        "split, of the seeds named; the test split had no part in it. Chosen, highest: those losses. Steps: optimizer "
-        f"steps of one cell, over all tasks and rounds of task set {grid.main}."
+        "Settings of every method. Where several were tried, they were compared on the validation split, of the seeds "
+        "named: by multi-task loss, or by the share of the experts' gain that is kept, over tasks or on the worst; the "
+        "test split had no part in it. Chosen, worst: those numbers. Steps: optimizer steps of one cell, over all "
+        f"tasks and rounds of task set {grid.main}."
     )
     notes = grid.missing(grid.groups(grid.main, ablations=True))
     return Table("tuning", "settings and how they were chosen", caption, columns, tuple(rows), tuple(notes))
 
 
 def _search(entry: Mapping[str, Any] | None) -> tuple[Cell, ...]:
-    """Tried, not finished, seeds, chosen and highest validation loss; empty for a method without a grid."""
+    """Tried, not finished, seeds, by what, the chosen and the worst value; empty for a method without a grid."""
     if entry is None:
-        return "", "", "", "", ""
-    losses = [candidate["multi_task_validation_loss"] for candidate in entry["candidates"]]
-    found = [loss for loss in losses if loss is not None]
-    chosen = None if entry["chosen"] is None else losses[entry["chosen"]]
+        return "", "", "", "", "", ""
+    by = entry.get("choose_by", "multi_task_loss")
+    values = [candidate[CRITERIA[by][0]] for candidate in entry["candidates"]]
+    found = [value for value in values if value is not None]
+    chosen = None if entry["chosen"] is None else values[entry["chosen"]]
     seeds = ", ".join(map(str, entry["seeds"]))
-    return len(losses), len(losses) - len(found), seeds, chosen, max(found, default=None)
+    worst = min(found, default=None) if CRITERIA[by][1] else max(found, default=None)
+    return len(values), len(values) - len(found), seeds, by.replace("_", " "), chosen, worst
 
 
 def tuning_candidates(grid: Grid) -> Table | None:
-    """Every candidate of every grid with its validation loss."""
+    """Every candidate of every grid with what it reached on validation."""
     columns = (
         *(MODEL, METHOD, PROTOCOL, Column("settings", "Settings", "text")),
         Column("validation_loss", "Multi-task validation loss", "number"),
+        *(Column("validation_share", "Share kept", "number"), Column("worst_share", "Worst task", "number")),
         Column("chosen", "Chosen", "text"),
     )
     rows = [
@@ -217,7 +235,7 @@ def tuning_candidates(grid: Grid) -> Table | None:
             (
                 *(entry["model"], grid.label(entry["method"]), PROTOCOLS[entry["protocol"]]),
                 settings_text(candidate["settings"]),
-                candidate["multi_task_validation_loss"],
+                *(candidate.get(name) for name, _ in CRITERIA.values()),
                 "yes" if place == entry["chosen"] else "",
             ),
             f"{entry['model']} {entry['method']} {entry['protocol']}",
@@ -225,7 +243,10 @@ def tuning_candidates(grid: Grid) -> Table | None:
         for entry in grid.results["tuning"]
         for place, candidate in enumerate(entry["candidates"])
     ]
-    caption = "Mean over the tuning seeds; – where a candidate did not finish or its loss is not a finite number."
+    caption = (
+        "Mean over the tuning seeds; share kept, worst task: of the experts' gain in validation loss. – where a "
+        "candidate did not finish, or a number is not finite or not defined."
+    )
     return Table("tuning_candidates", "all candidates", caption, columns, tuple(rows)) if rows else None
 
 

@@ -7,12 +7,19 @@ Where the expert gained no more than SMALLEST_GAIN of the pretrained model's los
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manyshot.normalize import summary
 
 SMALLEST_GAIN = 0.01
+# what decides among candidates on validation: its name in a record, and whether more of it is better
+CRITERIA = {
+    "multi_task_loss": ("multi_task_validation_loss", False),
+    "share": ("validation_share", True),
+    "worst_share": ("worst_validation_share", True),
+}
 
 
 def share(pretrained: float, loss: float, best: float) -> float | None:
@@ -30,3 +37,16 @@ def shares(
         numbers = pretrained[task], losses[task], best[task]
         found[task] = share(*known) if len(known := [one for one in numbers if one is not None]) == 3 else None
     return summary(found)
+
+
+def example_losses(said: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Numbers, one for each test example, whose mean is the loss L = Σ n_i / Σ t_i of nats n and tokens t.
+
+    z_i = L + (N / Σ t)(n_i − L t_i): a mean of drawn z varies as L of the drawn examples does, to first order, though
+    examples differ in length. None where the nats are not known.
+    """
+    if not said or not all("nats" in one for one in said):
+        return None
+    nats, tokens = [one["nats"] for one in said], [one["num_tokens"] for one in said]
+    loss = math.fsum(nats) / sum(tokens)
+    return [loss + len(said) / sum(tokens) * (n - loss * t) for n, t in zip(nats, tokens, strict=True)]

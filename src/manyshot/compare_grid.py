@@ -49,6 +49,7 @@ class Grid:
             _ordered(results[key], results.get("order", {}).get(key)) for key in ("methods", "task_sets", "categories")
         )
         self.main = next(iter(self.task_sets))
+        self.baseline: str | None = results.get("baseline")
         self.retention: list[str] = list(results["retention"])
         self.benchmarks: dict[str, Mapping[str, Any]] = dict(results.get("benchmarks", {}))
         self._cells: dict[Group, dict[int, Mapping[str, Any]]] = {}
@@ -162,6 +163,20 @@ class Grid:
             raise RunFolderError(f"results.json: {where}: {error}") from None
         return paired, paired_estimate(self.by_seed(first, loss), self.by_seed(second, loss))
 
+    def compare_shares(self, first: Group, second: Group) -> Paired:
+        """First − second: the average shares of the gain kept, with an interval where losses of examples are known."""
+        ours, theirs = self.done(first), self.done(second)
+        pairs = []
+        for seed in ours:
+            reference = self.reference(first.model, first.task_set, seed)
+            if seed in theirs and reference is not None and (pair := _loss_pair(ours[seed], theirs[seed], reference)):
+                pairs.append(SeedPair(seed, *pair))
+        if len(pairs) == len(ours.keys() & theirs.keys()):
+            name = (first.model, first.task_set, first.method, first.protocol, second.method, second.protocol)
+            return paired_normalized(pairs, "share", *name)
+        found = paired_estimate(self.by_seed(first, kept("average")), self.by_seed(second, kept("average")))
+        return Paired(found.mean, None, None, found.count, 0)
+
     # ---- what is missing ---------------------------------------------------------------------------------------------
 
     def missing(self, groups: Sequence[Group]) -> list[str]:
@@ -230,6 +245,31 @@ def task_normalized(tasks: Sequence[str]) -> Pick:
         return fmean(found) if found else None
 
     return pick
+
+
+def kept(key: str, of: str = "share") -> Pick:
+    """`average` or `worst` of the shares of the experts' gain that are kept, or of joint's (`share_of_joint`)."""
+    return lambda cell: cell[of][key] if cell.get(of) else None
+
+
+def task_kept(task: str) -> Pick:
+    return lambda cell: cell["share"]["tasks"].get(task) if cell.get("share") else None
+
+
+def _loss_pair(
+    first: Mapping[str, Any], second: Mapping[str, Any], reference: Mapping[str, Any]
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]] | None:
+    """Losses of both models' examples, less being better, and the gains that they are divided by; 0: no share."""
+    before, after = (reference[key]["losses"] for key in ("pretrained", "experts"))
+    shares = first.get("share", {}).get("tasks", {})
+    gains = {task: 0.0 if share is None else before[task] - after[task] for task, share in shares.items()}
+    sides = []
+    for cell in (first, second):
+        losses = cell.get("example_losses") or {}
+        if not all(losses.get(task) for task in gains):
+            return None
+        sides.append({task: [-loss for loss in losses[task]] for task in gains})
+    return sides[0], sides[1], gains
 
 
 def score_normalized(name: str) -> Pick:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from manyshot.compare_benchmarks import check_benchmarks
 from manyshot.compare_plan import all_cells, places
 from manyshot.compare_recipe import CompareRecipe
-from manyshot.inputs import Inputs, check_inputs
-from manyshot.models import ModelState
+from manyshot.errors import ManyshotError
+from manyshot.inputs import Inputs, check_inputs, check_model
+from manyshot.models import ModelState, meta_model, quiet_transformers
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe, operator_warnings
+from manyshot.tasks import check_batch, shared_rows
+from manyshot.trainer import check_trainer_arguments
 
 
 def check_all_inputs(recipe: CompareRecipe, progress: Progress) -> dict[tuple[str, int], Inputs]:
@@ -21,12 +26,40 @@ def check_all_inputs(recipe: CompareRecipe, progress: Progress) -> dict[tuple[st
         progress.message(f"checking data and model: {model}, seed {seed}")
         run = recipe.run_recipe(model, names, seed, recipe.shared, "many_shot")
         found[model, seed] = check_inputs(with_tasks(run, recipe, (*names, *recipe.retention)))
+        trained = [task for task in found[model, seed].tasks if task.name in names]
+        for warning in shared_rows(trained):
+            progress.message(f"warning: seed {seed}: {warning}")
+    check_own_training(recipe, names, found)
     if recipe.benchmarks:
         progress.message("checking benchmarks: their data, resources and metrics")
         remote = recipe.trust_remote_code
         models = {model: ModelState(one.base.path, trust_remote_code=remote) for (model, _), one in found.items()}
         check_benchmarks(recipe.benchmarks, recipe.harness, models)
     return found
+
+
+def check_own_training(recipe: CompareRecipe, names: tuple[str, ...], found: Mapping[tuple[str, int], Inputs]) -> None:
+    """What a method trains in its own way, as it is checked for all: trainer arguments, modules, batches.
+
+    Raises ManyshotError naming the method.
+    """
+    seen = [recipe.local_update]
+    for name in recipe.methods:
+        for candidate in recipe.possible(name):
+            update = candidate.local_update
+            if update in seen:
+                continue
+            seen.append(update)
+            try:
+                check_trainer_arguments(update)
+                for (model, seed), inputs in found.items():
+                    with quiet_transformers():
+                        empty = meta_model(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
+                    check_model(recipe.run_recipe(model, names, seed, candidate, "post_hoc"), inputs.base, empty)
+                    for task in inputs.tasks:
+                        check_batch(task, update.batch_size)
+            except ManyshotError as error:
+                raise type(error)(f"methods.{name}: {error}") from None
 
 
 def method_warnings(recipe: CompareRecipe) -> list[str]:

@@ -13,11 +13,13 @@ from manyshot.compare_detail_tables import (
     per_task_losses,
     per_task_normalized,
     per_task_scores,
+    per_task_shares,
     steps,
     tuning,
     tuning_candidates,
 )
 from manyshot.compare_figures import FIGURES, write_figures
+from manyshot.compare_gain_tables import bad_tasks, share_kept
 from manyshot.compare_grid import Grid
 from manyshot.compare_render import Table, csv_text, escape_markdown, latex, markdown
 from manyshot.compare_tables import ablation, table_1, table_2, table_3, table_4, table_5
@@ -30,9 +32,12 @@ TABLES: dict[str, Callable[[Grid], Table | None]] = {
     "table_3": table_3,
     "table_4": table_4,
     "table_5": table_5,
+    "share_kept": share_kept,
+    "bad_tasks": bad_tasks,
     "ablation": ablation,
     "paired": paired,
     "per_task_normalized": per_task_normalized,
+    "per_task_shares": per_task_shares,
     "per_task_scores": per_task_scores,
     "per_task_losses": per_task_losses,
     "dynamics": dynamics,
@@ -46,6 +51,9 @@ ABSENT = {
     "table_1": "no method is compared both post-hoc and many-shot",
     "table_4": "there are no retention tasks",
     "table_5": "there is one task set",
+    "share_kept": "no cell is measured that has one",
+    "bad_tasks": "no task set is held against another",
+    "per_task_shares": "no cell is measured that has one",
     "ablation": "no method is an ablation",
     "paired": "there is nothing to pair",
     "dynamics": "no rounds are finished",
@@ -57,6 +65,8 @@ SECTIONS = {
     "Post-hoc and many-shot": ("table_1", "figures/transition"),
     "Categories and tasks": ("table_2", "figures/radar", "per_task_normalized"),
     "Worst task": ("table_3", "figures/worst_task"),
+    "Share of the gain kept": ("share_kept", "per_task_shares"),
+    "What a bad task costs": ("bad_tasks",),
     "Knowledge of the pretrained model": ("table_4",),
     "More tasks": ("table_5", "figures/scaling"),
     "Ablation": ("ablation", "figures/ablation"),

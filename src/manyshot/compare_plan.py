@@ -68,12 +68,8 @@ def is_tuned_at(recipe: CompareRecipe, cell: Cell) -> bool:
 
 def tries(recipe: CompareRecipe, cell: Cell) -> list[Candidate]:
     """What a cell runs: the candidates of its grid where that is searched; elsewhere one, as which the first counts."""
-    if cell.protocol == "joint":
-        return [recipe.own(cell.method)]
-    if full := recipe.methods[cell.method].ablation_of:
-        return [recipe.ablated(cell.method, recipe.candidates(full)[0])]
-    candidates = recipe.candidates(cell.method)
-    return candidates if is_tuned_at(recipe, cell) else candidates[:1]
+    possible = recipe.possible(cell.method)
+    return possible if is_tuned_at(recipe, cell) else possible[:1]
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,14 @@ def _protocols(recipe: CompareRecipe, place: Place, candidate: Candidate, shot: 
     return {task: protocol.share(recipe.tasks[task].steps_share) for task in tasks}
 
 
+def num_steps(recipe: CompareRecipe, cell: Cell) -> int:
+    """Optimizer steps of one cell, over all its tasks and rounds."""
+    if cell.protocol == "joint":
+        return len(recipe.sets[cell.place.task_set].tasks) * recipe.protocol.local_steps
+    protocols = _protocols(recipe, cell.place, tries(recipe, cell)[0], cell.protocol)
+    return sum(protocol.local_steps for protocol in protocols.values())
+
+
 def count_steps(recipe: CompareRecipe) -> dict[str, Any]:
     """Optimizer steps of the whole comparison: as shared here, and with every cell as a run of its own.
 
@@ -125,7 +129,7 @@ def count_steps(recipe: CompareRecipe) -> dict[str, Any]:
         for candidate in tries(recipe, cell):
             size = candidate.local_update.batch_size
             if shot == "joint":
-                steps = len(recipe.sets[place.task_set].tasks) * recipe.protocol.local_steps
+                steps = num_steps(recipe, cell)
                 joint, alone, examples = joint + steps, alone + steps, examples + steps * size
                 continue
             asked = first_updates(recipe, place, candidate, shot)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from manyshot.compare_benchmarks import BenchmarkJob, read_benchmarks
 from manyshot.compare_folder import CompareFolder
+from manyshot.compare_gain import example_losses, shares
 from manyshot.compare_jobs import TEST, TRIAL
-from manyshot.compare_plan import Cell, Place, cells_at, count_steps, places
+from manyshot.compare_plan import Cell, Place, cells_at, count_steps, num_steps, places
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.normalize import multi_task_loss, ratio, summary
 from manyshot.rundir import read_json
@@ -43,6 +44,11 @@ def collect(
     ended.
     """
     references = {place: _reference(recipe, place, found) for place, found in measured.items()}
+    cells = [
+        _cell(recipe, cell, trials.get(cell.name), references.get(place))
+        for place in places(recipe)
+        for cell in cells_at(recipe, place)
+    ]
     return {
         "format": 1,
         "name": folder.path.resolve().name,
@@ -54,6 +60,7 @@ def collect(
                 "tasks": list(one.tasks),
                 "seeds": list(recipe.seeds_of(name)),
                 "scored": list(recipe.scored(name)),
+                "against": one.against,
             }
             for name, one in recipe.sets.items()
         },
@@ -63,12 +70,9 @@ def collect(
         "rounds": recipe.protocol.rounds,
         "local_steps": recipe.protocol.local_steps,
         "methods": {name: _method(recipe, name) for name in recipe.methods},
+        "baseline": recipe.paired_with,
         "references": [vars(place) | found for place, found in references.items()],
-        "cells": [
-            _cell(recipe, cell, trials.get(cell.name), references.get(place))
-            for place in places(recipe)
-            for cell in cells_at(recipe, place)
-        ],
+        "cells": [cell | _share_of_joint(cell, cells, references) for cell in cells],
         "tuning": list(tuning),
         "steps": count_steps(recipe),
     }
@@ -92,6 +96,7 @@ def _method(recipe: CompareRecipe, name: str) -> Json:
         "label": recipe.label(name),
         "operator": method.operator.name if method.operator else None,
         "reference": recipe.own(name).merge.reference,
+        "rounds": recipe.own(name).protocol.rounds,
         "protocols": list(recipe.protocols(name)),
         "ablation_of": method.ablation_of,
         "removes": method.removes,
@@ -170,6 +175,7 @@ def _cell(recipe: CompareRecipe, cell: Cell, trial: Json | None, reference: Json
         return found | {"status": "missing"}
     tasks, scored = recipe.sets[cell.place.task_set].tasks, recipe.scored(cell.place.task_set)
     losses, scores, outputs = _measured({"": trial["folder"]})
+    own = {task: losses[task]["loss"] for task in tasks}
     examples = {task: [said["score"] for said in outputs[task]] for task in tasks}
     asked = read_benchmarks(trial["folder"] / TEST, recipe.asked(cell.place.task_set), recipe.harness)
     scores |= (read_json(trial["retention"] / "scores.json") if recipe.retention else {}) | _scores(asked)
@@ -178,12 +184,25 @@ def _cell(recipe: CompareRecipe, cell: Cell, trial: Json | None, reference: Json
         "status": "done",
         "folder": trial["folder"].name,
         "settings": trial["settings"],
-        "losses": {task: losses[task]["loss"] for task in tasks},
-        "multi_task_loss": multi_task_loss({task: losses[task] for task in tasks}),
+        "losses": own,
+        "multi_task_loss": fmean(own.values()),
         "scores": {name: scores[name] for name in scored},
         "retention": {name: scores[name] for name in recipe.kept},
         "normalized": _normalized(recipe, scores, reference["experts"]["scores"], scored),
+        "share": shares(reference["pretrained"]["losses"], own, reference["experts"]["losses"]),
         "example_scores": {name: examples[name] for name in scored},
+        "example_losses": {task: example_losses(outputs[task]) for task in tasks},
         "rounds": read_json(trial["folder"] / TRIAL)["rounds"],
-        "train_steps": len(tasks) * recipe.protocol.local_steps,
+        "train_steps": num_steps(recipe, cell),
     }
+
+
+def _share_of_joint(cell: Json, cells: Sequence[Json], references: Mapping[Place, Json]) -> Json:
+    """The same beside joint fine-tuning, the first method that is, of the cell's place."""
+    place = Place(cell["model"], cell["task_set"], cell["seed"])
+    done = (one for one in cells if one["status"] == "done" and one["protocol"] == "joint")
+    joint = next((one for one in done if (one["model"], one["task_set"], one["seed"]) == astuple(place)), None)
+    if joint is None or cell["status"] != "done":
+        return {}
+    before = references[place]["pretrained"]["losses"]
+    return {"share_of_joint": shares(before, cell["losses"], joint["losses"])}

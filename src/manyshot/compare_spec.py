@@ -145,6 +145,11 @@ class CompareSpec(Section):
         )
         return choose(own, spec.set)
 
+    def possible(self, method: str) -> list[Candidate]:
+        """Everything that a method, or for an ablation the method that it is one of, may come to."""
+        full = self.methods[method].ablation_of
+        return [self.ablated(method, one) for one in self.candidates(full)] if full else self.candidates(method)
+
     def run_recipe(self, model: str, tasks: tuple[str, ...], seed: int, candidate: Candidate, shot: str) -> Recipe:
         """The run of one cell; once (post_hoc), how rounds go does not matter."""
         steps = candidate.protocol.local_steps

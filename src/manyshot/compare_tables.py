@@ -164,13 +164,17 @@ def table_3(grid: Grid) -> Table | None:
     return Table("table_3", title, caption, columns, tuple(rows), notes, "Table 3")
 
 
-def worst_tasks(cells: Mapping[int, Mapping[str, Any]]) -> str:
-    """Which task is the worst: `math`, or `math (2), safety (1)` where seeds differ."""
-    found = [cell["normalized"]["worst_task"] for cell in cells.values() if cell.get("normalized")]
-    counts = {task: found.count(task) for task in dict.fromkeys(found) if task is not None}
+def worst_tasks(cells: Mapping[int, Mapping[str, Any]], of: str = "normalized") -> str:
+    """Which task is the worst, by normalized performance or by `share`, over seeds."""
+    return counted([cell[of]["worst_task"] for cell in cells.values() if cell.get(of)])
+
+
+def counted(names: Sequence[str | None]) -> str:
+    """`math`, or `math (2), safety (1)` where seeds differ."""
+    counts = {name: names.count(name) for name in names if name is not None}
     if len(counts) < 2:
         return next(iter(counts), "")
-    return ", ".join(f"{task} ({count})" for task, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def table_4(grid: Grid) -> Table | None:

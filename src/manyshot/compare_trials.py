@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from manyshot.compare_gain import shares
+from manyshot.compare_gain import CRITERIA, shares
 from manyshot.compare_inputs import with_tasks
 from manyshot.compare_jobs import TRIAL, TrialJob, run_trial
 from manyshot.compare_place import (
@@ -25,14 +25,6 @@ from manyshot.compare_plan import Cell, cells_at, is_tuned_at, places
 from manyshot.compare_recipe import Candidate
 from manyshot.content import keyed_recipe
 from manyshot.rundir import content_key, read_json
-
-LOSS = "multi_task_validation_loss"
-# what decides among candidates: its name in a record, and whether more of it is better
-CRITERIA = {
-    "multi_task_loss": (LOSS, False),
-    "share": ("validation_share", True),
-    "worst_share": ("worst_validation_share", True),
-}
 
 
 def trial_job(run: Comparison, cell: Cell, candidate: Candidate, *, scored: bool) -> TrialJob:
@@ -150,4 +142,5 @@ def judged(run: Comparison, cell: Cell, candidate: Candidate) -> Mapping[str, fl
         for losses in (pretrained_losses(run, cell.place), expert_losses(run, cell.place))
     )
     kept = shares(before, trial["rounds"][-1]["validation_losses"], best)
-    return {LOSS: trial[LOSS], "validation_share": kept["average"], "worst_validation_share": kept["worst"]}
+    loss = trial["multi_task_validation_loss"]
+    return dict(zip((name for name, _ in CRITERIA.values()), (loss, kept["average"], kept["worst"]), strict=True))

@@ -58,17 +58,18 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
         with progress.timed("load", job.round_index):
             tokenizer = load_tokenizer(job.state.pretrained, trust_remote_code=job.state.trust_remote_code)
             model = load_model(job.state, placement)
-        losses, known = {}, {}
+        losses, known, read = {}, {}, {}
         if job.losses:
             for task in job.tasks:
-                losses[task.name], known[task.name] = _task_loss(model, tokenizer, task, job, progress)
+                losses[task.name], known[task.name], read[task.name] = _task_loss(model, tokenizer, task, job, progress)
             write_json(losses_path, losses)
         if not job.scores:
             return {"losses": losses}
         scores, outputs = {}, {}
         for task in job.tasks:
-            scored = _task_score(model, tokenizer, task, job, progress, known.get(task.name))
-            scores[task.name], outputs[task.name] = scored
+            scores[task.name], said = _task_score(model, tokenizer, task, job, progress, known.get(task.name))
+            nats = read.get(task.name) or [{} for _ in said]
+            outputs[task.name] = [one | more for one, more in zip(said, nats, strict=True)]
     write_json(job.folder / "outputs.json", outputs)
     if job.state.is_pretrained:
         write_json(job.folder / "examples.json", {task.name: shown_examples(task) for task in job.tasks})
@@ -78,14 +79,22 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
 
 def _task_loss(
     model: Any, tokenizer: Any, task: Task, job: MeasureJob, progress: Progress
-) -> tuple[dict[str, Any], list[str] | None]:
-    """The loss; and, where the test completions were read for it, what a teacher-forced metric asks about them."""
+) -> tuple[dict[str, Any], list[str] | None, list[dict[str, Any]]]:
+    """The loss; and, where the test completions were read for it, what a teacher-forced metric asks about them, and
+    what each example adds to the loss: Σ −log p of its tokens, and how many they are.
+    """
     which = "pretrained or merged model"
     encoded, sums = held_out_sums(
         *(model, tokenizer, task, job.recipe, progress), round_index=job.round_index, which=which, split=job.split
     )
-    same = job.split == "test" and job.recipe.evaluation.loss_on == "completion"
-    return mean_loss(encoded, sums, task.spec.loss_scale).to_json(), correct_shares(encoded, sums) if same else None
+    loss = mean_loss(encoded, sums, task.spec.loss_scale).to_json()
+    if job.split != "test":
+        return loss, None, []
+    each = [
+        {"nats": task.spec.loss_scale * one.nats, "num_tokens": example.num_counted}
+        for example, one in zip(encoded, sums, strict=True)
+    ]
+    return loss, correct_shares(encoded, sums) if job.recipe.evaluation.loss_on == "completion" else None, each
 
 
 def _task_score(

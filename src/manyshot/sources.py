@@ -24,6 +24,7 @@ class SourceRow:
     index: int  # row number in its source, from 0
     source: str
     columns: Mapping[str, str]
+    shuffled: bool = False  # whether its completion changes places with others'
 
 
 def read_rows(spec: TaskSpec, seed: int, task: str) -> dict[str, list[SourceRow]]:
@@ -53,7 +54,7 @@ def _read_source(source: SourceSpec, split: str, seed: int, task: str, position:
     if source.examples is not None:
         drawn = permutation(len(kept), seed, "source", task, split, position)[: source.examples]
         kept = [kept[i] for i in sorted(drawn)]
-    return [SourceRow(found[i], i, source.label, source.columns or {}) for i in kept]
+    return [SourceRow(found[i], i, source.label, source.columns or {}, source.shuffle_completions) for i in kept]
 
 
 def _filter(rows: Sequence[Row], where: Where, place: str) -> list[int]:

@@ -37,6 +37,9 @@ class SourceSpec(Section):
     where: Where | None = Field(None, description="column: value, or a list of values; meta.label reaches into objects")
     examples: Count | None = Field(None, description="at most so many rows, drawn by the seed")
     columns: dict[str, str] | None = Field(None, description="as the task's `columns`, for this source")
+    shuffle_completions: bool = Field(
+        False, description="completions change places by the seed: noise that looks like the task"
+    )
 
     @property
     def label(self) -> str:
@@ -94,12 +97,22 @@ class TaskSpec(Section):
     max_new_tokens: Count | None = Field(None, description="overrides evaluation.max_new_tokens for this task")
     rank: Count | None = Field(None, description="overrides local_update.rank for this task")
     alpha: float | None = Field(None, gt=0, description="overrides local_update.alpha for this task")
+    steps_share: float = Field(
+        1.0, gt=0, le=1, description="part of protocol.local_steps that this task takes, at least one a round"
+    )
+    loss_scale: float = Field(1.0, gt=0, description="multiplies the task's losses, in training and on validation")
 
     @model_validator(mode="after")
     def _has_data(self) -> TaskSpec:
         if (self.data is None) == (self.train is None):
             raise PydanticCustomError("task_data", "give either 'data' or 'train' (with 'validation' and 'test')")
         return self
+
+    @property
+    def notes(self) -> list[str]:
+        """What reports say of a task that is not trained or counted as the others are."""
+        notes = [f"takes {self.steps_share:g} of the local steps"] if self.steps_share != 1 else []
+        return notes + ([f"its losses are multiplied by {self.loss_scale:g}"] if self.loss_scale != 1 else [])
 
     def sources(self, split: str) -> tuple[SourceSpec, ...]:
         """The sources of a split that has its own; what they do not say, the task says."""

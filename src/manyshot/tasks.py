@@ -101,13 +101,56 @@ def load_task(recipe: Recipe, name: str) -> Task:
 
     Raises DataError naming task, file, row and column.
     """
-    spec = recipe.tasks[name]
-    chosen, num_dropped = _choose_rows(read_rows(spec, recipe.seed, name), recipe, name)
-    parts = {split: _examples(rows, spec, f"task '{name}', {split}") for split, rows in chosen.items()}
+    spec, like = recipe.tasks[name], _first_alike(recipe, name)
+    chosen, num_dropped = _choose_rows(read_rows(spec, recipe.seed, like), recipe, like)
+    parts = {
+        split: _shuffled(_examples(rows, spec, f"task '{name}', {split}"), rows, recipe.seed, name, split)
+        for split, rows in chosen.items()
+    }
     splits = {split: _places(rows) for split, rows in chosen.items()}
     return _checked(
         Task(name, spec, parts["train"], parts["validation"], parts["test"], splits | {"dropped": num_dropped}), recipe
     )
+
+
+def _first_alike(recipe: Recipe, name: str) -> str:
+    """The first task with the same data: what is drawn from it is drawn for both alike.
+
+    So tasks that read the same rows, each in its own way, have the same splits, and none trains on another's test rows.
+    """
+    own = _data_of(recipe.tasks[name])
+    return next(other for other, spec in recipe.tasks.items() if _data_of(spec) == own)
+
+
+def _data_of(spec: TaskSpec) -> list[Any]:
+    """Which rows a task reads, however it reads them."""
+    read_as = {"columns": None, "shuffle_completions": False}
+    sources = [[source.model_copy(update=read_as) for source in spec.sources(split)] for split in SPLITS]
+    return [spec.data, spec.subset, spec.where, sources]
+
+
+def _shuffled(
+    examples: tuple[Example, ...], rows: Sequence[SourceRow], seed: int, name: str, split: str
+) -> tuple[Example, ...]:
+    """The examples of a source that says so, each with another's prompt: choices and answers stay with completions."""
+    places = [place for place, row in enumerate(rows) if row.shuffled]
+    order = permutation(len(places), seed, "shuffle", name, split)
+    prompts = {place: examples[places[other]].prompt for place, other in zip(places, order, strict=True)}
+    return tuple(replace(example, prompt=prompts.get(place, example.prompt)) for place, example in enumerate(examples))
+
+
+def shared_rows(tasks: Sequence[Task]) -> list[str]:
+    """A line for every pair of tasks of which one trains on examples that the other is tested on."""
+    train, test = (
+        {task.name: {(str(one.prompt), one.completion_text) for one in getattr(task, split)} for task in tasks}
+        for split in ("train", "test")
+    )
+    return [
+        f"tasks.{name}: is trained on {len(both)} of the {len(theirs)} test examples of {other}"
+        for name, ours in train.items()
+        for other, theirs in test.items()
+        if other != name and (both := ours & theirs)
+    ]
 
 
 def _checked(task: Task, recipe: Recipe) -> Task:
@@ -115,12 +158,17 @@ def _checked(task: Task, recipe: Recipe) -> Task:
     for split in SPLITS:
         if not getattr(task, split):
             raise DataError(f"task '{task.name}': the {split} split is empty")
-    if len(task.train) < recipe.local_update.batch_size:
+    check_batch(task, recipe.local_update.batch_size)
+    return task
+
+
+def check_batch(task: Task, batch_size: int) -> None:
+    """Raises DataError for a task that does not fill one batch."""
+    if len(task.train) < batch_size:
         raise DataError(
             f"task '{task.name}': {len(task.train)} training examples are fewer than one batch "
-            f"(local_update.batch_size is {recipe.local_update.batch_size})"
+            f"(local_update.batch_size is {batch_size})"
         )
-    return task
 
 
 def _examples(rows: Sequence[SourceRow], spec: TaskSpec, where: str) -> tuple[Example, ...]:
