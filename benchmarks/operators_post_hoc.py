@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.base_model import find_base_model
+from manyshot.gap_weights import TaskLosses, choose_weights, effective_tasks
 from manyshot.local_update import task_loss
-from manyshot.loss_gap import choose_weights, effective_tasks, loss_gaps
 from manyshot.merge_models import MergeSettings, merge_models
 from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
 from manyshot.operators import BUILT_IN, OperatorPlan
@@ -63,7 +63,7 @@ def main() -> None:
         tokenizer = load_tokenizer(base.path)
         for settings in SETTINGS:
             operator = BUILT_IN[settings["name"]](**{key: value for key, value in settings.items() if key != "name"})
-            weights, _ = choose_weights(operator, loss_gaps(before, after), before, after)
+            weights, _ = choose_weights(operator, TaskLosses(tuple(before), tuple(after), tuple(before)))
             output = Path(scratch) / "merged"
             report = merge_models(
                 *(base.path, experts, OperatorPlan(operator), weights, output, MergeSettings(force=True))

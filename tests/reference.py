@@ -55,8 +55,9 @@ def metis(
     mask_threshold: float = 0.3,
     min_agreement: int = 2,
     scaling: float = 1.0,
-    temperature: float | str = 2.0,  # these three made the weights; the merge itself has no use for them
+    temperature: float | str = 2.0,  # these four made the weights; the merge itself has no use for them
     gap: str = "absolute",
+    weight_memory: float = 0.0,
     effective_tasks: float | None = None,
 ) -> Merged:
     """V = Σ α_τ v_τ;  m_τ,i = 1[α_τ|v_τ,i| ≥ δ·|V_i − α_τ v_τ,i|];  M(v)_i = β V_i where Σ_τ m_τ,i ≥ k, else 0."""

@@ -1,4 +1,4 @@
-"""Loss gaps: the evaluator against full logits, one example at a time; the weights against their formula."""
+"""Validation losses: the evaluator against full logits, one example at a time."""
 
 from __future__ import annotations
 
@@ -14,30 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyshot import loss_gap
-from manyshot.errors import DataError, MergeError
+from manyshot.errors import DataError
 from manyshot.loss_gap import (
     IGNORED,
     ValidationLoss,
-    auto_temperature,
-    choose_weights,
     counted_logits,
-    effective_tasks,
-    gap_weights,
-    loss_gaps,
     make_batches,
     mean_loss,
     pad_right,
-    relative_gaps,
     token_sums,
-    uniform_weights,
 )
 from manyshot.models import ModelState, Placement, load_model, quiet_transformers
-from manyshot.operators import OPERATORS, Metis
 from manyshot.seeding import make_generator
 from manyshot.tasks import Encoded
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)
-GAPS = st.lists(st.floats(-50, 50), min_size=1, max_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -230,143 +221,3 @@ def test_make_batches_of_few_logits_give_the_same_losses(model: Any, monkeypatch
 
 
 # ---- gaps and weights ------------------------------------------------------------------------------------------------
-
-
-def test_loss_gaps_are_start_minus_expert_and_need_equal_lengths() -> None:
-    assert loss_gaps([2.0, 1.0], [0.5, 1.25]) == [1.5, -0.25]
-    with pytest.raises(ValueError, match="zip"):
-        loss_gaps([1.0], [1.0, 2.0])
-
-
-def test_gap_weights_by_hand() -> None:
-    # λ = 2, G = (2 ln 3, 0): e^{ln 3} : 1 = 3 : 1
-    assert gap_weights([2 * math.log(3), 0.0], 2.0) == pytest.approx([0.75, 0.25])
-    assert gap_weights([0.3, 0.3, 0.3], 2.0) == pytest.approx([1 / 3] * 3)
-    assert gap_weights([5.0], 0.1) == [1.0]
-
-
-def test_gap_weights_temperature_goes_from_winner_takes_all_to_uniform() -> None:
-    gaps = [1.0, 0.9, 0.1]
-    assert gap_weights(gaps, 1e-3)[0] == pytest.approx(1.0)
-    assert gap_weights(gaps, 1e6) == pytest.approx(uniform_weights(3), abs=1e-6)
-
-
-@quick
-@given(GAPS, st.floats(0.01, 100))
-def test_gap_weights_sum_to_one_and_follow_the_gaps(gaps: list[float], temperature: float) -> None:
-    weights = gap_weights(gaps, temperature)
-    assert math.fsum(weights) == pytest.approx(1.0)
-    assert all(0 <= weight <= 1 for weight in weights)
-    for one, alpha in zip(gaps, weights, strict=True):
-        for two, beta in zip(gaps, weights, strict=True):
-            assert one < two or alpha >= beta
-
-
-@quick
-@given(GAPS, st.floats(-20, 20), st.floats(0.1, 10))
-def test_gap_weights_do_not_change_with_a_shift(gaps: list[float], shift: float, temperature: float) -> None:
-    assert gap_weights([gap + shift for gap in gaps], temperature) == pytest.approx(
-        gap_weights(gaps, temperature), rel=1e-6, abs=1e-12
-    )
-
-
-@quick
-@given(GAPS, st.randoms(use_true_random=False))
-def test_gap_weights_follow_a_permutation_of_the_tasks(gaps: list[float], random: Any) -> None:
-    order = list(range(len(gaps)))
-    random.shuffle(order)
-    weights, permuted = gap_weights(gaps, 2.0), gap_weights([gaps[i] for i in order], 2.0)
-    assert permuted == pytest.approx([weights[i] for i in order], rel=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [1e-300, 1e-3, 2.0, 1e300])
-@pytest.mark.parametrize("gaps", [[1e308, -1e308], [1e308, 1e308], [-1e308, -1e308, 0.0], [800.0, -800.0], [1e-320, 0]])
-def test_gap_weights_never_overflow(gaps: list[float], temperature: float) -> None:
-    weights = gap_weights(gaps, temperature)
-    assert all(math.isfinite(weight) for weight in weights)
-    assert math.fsum(weights) == pytest.approx(1.0)
-    assert weights[gaps.index(max(gaps))] == max(weights)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gap_weights_refuse_gaps_that_are_not_finite(bad: float) -> None:
-    with pytest.raises(MergeError, match="loss gaps must be finite"):
-        gap_weights([1.0, bad], 2.0)
-
-
-def test_effective_tasks_counts_tasks() -> None:
-    assert effective_tasks(uniform_weights(4)) == pytest.approx(4.0)
-    assert effective_tasks([1.0, 0.0, 0.0]) == 1.0
-    assert effective_tasks([0.5, 0.5, 0.0]) == pytest.approx(2.0)
-    # H(¾, ¼) = ¾ ln(4/3) + ¼ ln 4 = 0.562335…
-    assert effective_tasks([0.75, 0.25]) == pytest.approx(math.exp(0.5623351446))
-
-
-@quick
-@given(GAPS, st.floats(0.05, 20))
-def test_effective_tasks_lies_between_one_and_the_number_of_tasks(gaps: list[float], temperature: float) -> None:
-    assert 1 - 1e-9 <= effective_tasks(gap_weights(gaps, temperature)) <= len(gaps) + 1e-9
-
-
-# ---- gaps and temperatures of another kind ---------------------------------------------------------------------------
-
-
-def test_relative_gaps_by_hand() -> None:
-    """Gaps of 0.5 and 0.1 nats are half and all of what the experts gained; a gain below 0.01 counts as 0.01."""
-    assert relative_gaps([0.5, 0.1], [3.0, 0.4], [2.0, 0.3]) == pytest.approx([0.5, 1.0])
-    assert relative_gaps([0.002, -0.1], [1.0, 1.0], [0.998, 1.1]) == pytest.approx([0.2, -10.0])
-
-
-@quick
-@given(st.lists(st.tuples(st.floats(0.02, 5), st.floats(0, 1)), min_size=1, max_size=6), st.floats(1, 100))
-def test_relative_gaps_do_not_change_with_the_scale_of_the_losses(
-    tasks: list[tuple[float, float]], scale: float
-) -> None:
-    experts = [gain for gain, _ in tasks]
-    pretrained = [2 * gain for gain in experts]
-    gaps = [share * gain for gain, share in tasks]
-    expected = [share for _, share in tasks]
-    assert relative_gaps(gaps, pretrained, experts) == pytest.approx(expected)
-    scaled = [[scale * value for value in values] for values in (gaps, pretrained, experts)]
-    assert relative_gaps(*scaled) == pytest.approx(expected)
-
-
-@quick
-@given(st.lists(st.integers(-20, 20), min_size=2, max_size=8, unique=True), st.floats(0.05, 0.95))
-def test_auto_temperature_gives_the_effective_tasks_asked_for(gaps: list[int], share: float) -> None:
-    wanted = 1 + share * (len(gaps) - 1)
-    found = auto_temperature([float(gap) for gap in gaps], wanted)
-    assert effective_tasks(gap_weights([float(gap) for gap in gaps], found)) == pytest.approx(wanted, rel=1e-6)
-
-
-def test_auto_temperature_follows_the_scale_of_the_gaps() -> None:
-    gaps = [0.1, 0.5, 0.2]
-    assert auto_temperature([7 * gap for gap in gaps], 2.0) == pytest.approx(7 * auto_temperature(gaps, 2.0))
-    assert auto_temperature([gap + 3 for gap in gaps], 2.0) == pytest.approx(auto_temperature(gaps, 2.0))
-
-
-def test_auto_temperature_of_gaps_that_cannot_be_told_apart() -> None:
-    assert auto_temperature([0.3, 0.3], 1.5) == 1.0  # uniform whatever it is
-    shared = gap_weights([0.3, 0.3, 0.1], auto_temperature([0.3, 0.3, 0.1], 1.2))
-    assert shared == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)  # two tasks share the largest gap: not fewer than two
-
-
-def test_choose_weights_of_operators_that_need_no_gaps() -> None:
-    losses = ([0.5, 0.1], [3.0, 0.4], [2.5, 0.3])
-    assert choose_weights(OPERATORS["mean"](), *losses) == ([0.5, 0.5], {})
-    for name in ("task_arithmetic", "dare", "ties", "consensus_ta", "iso_c", "tsv_m"):
-        assert choose_weights(OPERATORS[name](), *losses) == ([1.0, 1.0], {}), name
-
-
-def test_choose_weights_of_metis_by_hand() -> None:
-    losses = ([0.5, 0.1], [3.0, 0.4], [2.5, 0.3])
-    absolute, details = choose_weights(Metis(temperature=0.4), *losses)
-    assert absolute == pytest.approx([math.e / (math.e + 1), 1 / (math.e + 1)])
-    assert details == {"temperature": 0.4}
-    relative, details = choose_weights(Metis(temperature=0.4, gap="relative"), *losses)
-    assert relative == pytest.approx([0.5, 0.5])
-    assert details["relative_gaps"] == pytest.approx([1.0, 1.0])
-    auto, details = choose_weights(Metis(temperature="auto", effective_tasks=1.25), *losses)
-    assert effective_tasks(auto) == pytest.approx(1.25, rel=1e-6)
-    assert auto == pytest.approx(gap_weights(losses[0], details["temperature"]))
-    assert effective_tasks(choose_weights(Metis(temperature="auto"), *losses)[0]) == pytest.approx(1.5, rel=1e-6)

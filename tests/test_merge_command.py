@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conftest import make_rows
-from manyshot import loss_gap
+from manyshot import gap_weights
 from manyshot.__main__ import main
 from manyshot.cli import app
 from manyshot.merge_models import RECORD_NAME
@@ -472,7 +472,7 @@ def test_merge_metis_weights_are_the_softmax_of_gaps_measured_independently(
     assert min(abs(gap) for gap in gaps.values()) > 1e-3  # not all alike
     expected = {name: value / sum(raised.values()) for name, value in raised.items()}
     assert json.loads(done.stdout)["weights"] == pytest.approx(expected, abs=1e-5)
-    assert record["effective_tasks"] == pytest.approx(loss_gap.effective_tasks(list(expected.values())), abs=1e-4)
+    assert record["effective_tasks"] == pytest.approx(gap_weights.effective_tasks(list(expected.values())), abs=1e-4)
     assert record["temperature"] == 0.5
 
 

@@ -236,7 +236,7 @@ def test_operators_take_a_schedule_for_every_number() -> None:
         if isinstance(entry.default, float | int) and not isinstance(entry.default, bool)
     }
     assert numbers == set(SCHEDULED)
-    assert len(SCHEDULED) == 14
+    assert len(SCHEDULED) == 15
 
 
 @pytest.mark.parametrize(("name", "field"), SCHEDULED)
@@ -250,7 +250,7 @@ def test_operators_at_round_chooses_the_value_of_the_round(name: str, field: str
     assert TypeAdapter(BUILT_IN[name]).validate_python({field: list(schedule)}) == operator
     assert operator.problems(4, 3) == []
     assert operator.problems(4, 5) == [(field, "has 3 values for 5 rounds; give one, or one per round")]
-    if field != "temperature":  # it makes the weights; a merge has no use for it
+    if field not in ("temperature", "weight_memory"):  # they make the weights; a merge has no use for them
         with pytest.raises(TypeError, match=r"call at_round\(\) before merge\(\)"):
             merge(operator, [[1.0], [1.0]], [1.0, 1.0])
 
@@ -839,7 +839,8 @@ OUTSIDE: dict[str, Sequence[Any]] = {
     "> 0, ≤ 1": (0.0, 1.5, 20),
     "1 … number of tasks": (0, -1),
     "true, false": ("perhaps", 2),
-    "absolute, relative": ("both",),
+    "≥ 0, < 1": (-0.1, 1.0),
+    "absolute, relative, over_expert, over_start, none": ("both",),
     "tensor, model": ("layer",),
     "task_arithmetic, ties": ("metis",),
 }

@@ -10,7 +10,7 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "tasks": {},
     "protocol": {},
-    "operator": {},
+    "operator": {"weight_memory": 0.0},
     "merge": {},
     "local_update": {},
     "evaluation": {},

@@ -1,4 +1,4 @@
-"""Validation losses, loss gaps, gap weights: the numbers METIS' weights are made of.
+"""Validation losses: the numbers that METIS' weights are made of.
 
 One evaluator for every model that is compared: fixed order, no packing, eval mode, float32 log-probabilities summed in
 float64, mean over counted tokens. Logits are computed only where they are counted.
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyshot.errors import DataError, MergeError
-from manyshot.operators import Operator
+from manyshot.errors import DataError
 from manyshot.tasks import Encoded
 
 if TYPE_CHECKING:
@@ -151,105 +150,12 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def mean_loss(encoded: Sequence[Encoded], sums: Sequence[TokenSums]) -> ValidationLoss:
-    """Token-weighted mean cross-entropy of a model on encoded examples."""
+def mean_loss(encoded: Sequence[Encoded], sums: Sequence[TokenSums], scale: float = 1.0) -> ValidationLoss:
+    """Token-weighted mean cross-entropy of a model on encoded examples, times what the task counts its losses in."""
     num_tokens = sum(example.num_counted for example in encoded)
     return ValidationLoss(
-        loss=math.fsum(one.nats for one in sums) / num_tokens,
+        loss=math.fsum(one.nats for one in sums) / num_tokens * scale,
         num_tokens=num_tokens,
         num_examples=len(encoded),
         truncated_share=sum(example.truncated for example in encoded) / len(encoded),
     )
-
-
-def loss_gaps(start_losses: Sequence[float], expert_losses: Sequence[float]) -> list[float]:
-    """G_τ = L_τ(Θʳ⁻¹) − L_τ(θ_τ) for every task: how much worse the merged model fits a task than its expert."""
-    return [start - expert for start, expert in zip(start_losses, expert_losses, strict=True)]
-
-
-def gap_weights(gaps: Sequence[float], temperature: float) -> list[float]:
-    """α = softmax(G / λ), in float64, shifted by the largest gap so that no exponential overflows."""
-    if not all(math.isfinite(gap) for gap in gaps):
-        raise MergeError(f"loss gaps must be finite, found {list(gaps)}")
-    largest = max(gaps)
-    raised = [math.exp((gap - largest) / temperature) for gap in gaps]
-    total = math.fsum(raised)
-    return [value / total for value in raised]
-
-
-# an expert that gained less than this on the pretrained model (nats) has learned next to nothing
-SMALLEST_IMPROVEMENT = 0.01
-
-
-def relative_gaps(
-    gaps: Sequence[float], pretrained_losses: Sequence[float], expert_losses: Sequence[float]
-) -> list[float]:
-    """G_τ / (L_τ(Θ⁰) − L_τ(θ_τ)): the share of what the expert gained that the merged model lacks.
-
-    Tasks whose losses have unlike scales then weigh alike. Improvements below SMALLEST_IMPROVEMENT count as that.
-    """
-    improvements = [before - after for before, after in zip(pretrained_losses, expert_losses, strict=True)]
-    return [gap / max(gain, SMALLEST_IMPROVEMENT) for gap, gain in zip(gaps, improvements, strict=True)]
-
-
-def auto_temperature(gaps: Sequence[float], effective: float) -> float:
-    """The λ for which exp(H(softmax(G/λ))) is `effective`, by bisection; it rises with λ from 1 to the number of tasks.
-
-    Where several tasks share the largest gap no λ gives fewer effective tasks than those; then the smallest λ tried.
-    """
-    spread = max(gaps) - min(gaps)
-    if spread == 0:
-        return 1.0  # any: the weights are uniform
-    low, high = spread * 1e-4, spread * 1e4
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if effective_tasks(gap_weights(gaps, middle)) < effective:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def uniform_weights(num_tasks: int) -> list[float]:
-    """1/T for every task."""
-    return [1.0 / num_tasks] * num_tasks
-
-
-def effective_tasks(weights: Sequence[float]) -> float:
-    """exp(H(α)) of the weights divided by their sum: T for uniform weights, 1 when one task has all the weight."""
-    total = math.fsum(abs(weight) for weight in weights)
-    weights = [abs(weight) / total for weight in weights]
-    return math.exp(-math.fsum(weight * math.log(weight) for weight in weights if weight > 0))
-
-
-# share of the tasks that `temperature: auto` keeps effective when the recipe does not say how many
-EFFECTIVE_SHARE = 0.75
-
-
-def needs_gaps(operator: Operator) -> bool:
-    """Whether an operator's weights come from loss gaps, as it is set."""
-    weighted = operator.uses_loss_gaps and operator.weighting != "multiplier"
-    return weighted and getattr(operator, "gap", "absolute") != "none"
-
-
-def weights_without_gaps(operator: Operator, num_tasks: int) -> list[float]:
-    """A mean weighs each task 1/T, a sum multiplies each by 1."""
-    return [1.0] * num_tasks if operator.weighting == "multiplier" else uniform_weights(num_tasks)
-
-
-def choose_weights(
-    operator: Operator, gaps: Sequence[float], pretrained_losses: Sequence[float], expert_losses: Sequence[float]
-) -> tuple[list[float], dict[str, Any]]:
-    """The tasks' weights for an operator, and how they came about: α = softmax(G/λ), or what needs no gaps."""
-    if not needs_gaps(operator):
-        return weights_without_gaps(operator, len(gaps)), {}
-    details: dict[str, Any] = {}
-    used = list(gaps)
-    # a third-party operator that uses loss gaps has these settings too, or their defaults
-    temperature, effective = getattr(operator, "temperature", 1.0), getattr(operator, "effective_tasks", None)
-    if getattr(operator, "gap", "absolute") == "relative":
-        used = relative_gaps(gaps, pretrained_losses, expert_losses)
-        details["relative_gaps"] = used
-    if temperature == "auto":
-        temperature = auto_temperature(used, effective or EFFECTIVE_SHARE * len(used))
-    return gap_weights(used, temperature), details | {"temperature": temperature}

@@ -7,8 +7,8 @@ from typing import Any
 
 from manyshot.base_model import BaseModel
 from manyshot.data_files import read_file
+from manyshot.gap_weights import TaskLosses, choose_weights, effective_tasks
 from manyshot.local_update import adopted_state, task_loss
-from manyshot.loss_gap import choose_weights, effective_tasks, loss_gaps
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
 from manyshot.progress import Progress
@@ -42,12 +42,12 @@ def weigh_experts(
             name: loss(adopted_state(start, Path(expert.path)), [name], "expert")[name]
             for name, expert in recipe.experts.items()
         }
-    gaps = loss_gaps(list(before.values()), list(after.values()))
-    weights, details = choose_weights(recipe.method.at_round(1), gaps, list(before.values()), list(after.values()))
+    losses = TaskLosses(tuple(before.values()), tuple(after.values()), tuple(before.values()))
+    weights, details = choose_weights(recipe.method.at_round(1), losses)
     record = {
         "base_losses": before,
         "expert_losses": after,
-        "loss_gaps": dict(zip(tasks, gaps, strict=True)),
+        "loss_gaps": dict(zip(tasks, losses.gaps, strict=True)),
         "effective_tasks": effective_tasks(weights),
     }
     return weights, record | details

@@ -126,7 +126,7 @@ def refuse_together(problems: Problems) -> None:
 
 
 # settings that decide the weights, of which one merge has one set
-WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks")
+WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks", "weight_memory")
 
 
 def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> OperatorPlan:

@@ -63,8 +63,9 @@ def _keys(section: type[BaseModel], skip: tuple[str, ...] = ()) -> list[str]:
 def _operator_lines(operator: Metis) -> list[str]:
     notes = {
         "temperature": "λ: small lets the task with the largest loss gap take all weight; auto: see effective_tasks",
-        "gap": "relative: a gap counts as a share of what the task's expert gained on the pretrained model",
+        "gap": "relative: as a share of what the task's expert gained; over_expert, over_start: of a loss",
         "effective_tasks": "with temperature: auto, exp(H(α)) to aim at; 3/4 of the tasks when not given",
+        "weight_memory": "μ: how much of the round before's weights is kept, log α = μ log α′ + G/λ",
         "mask": "false merges the weighted sum as it is",
         "mask_threshold": "δ: how strongly a task must stand against the rest",
         "min_agreement": "k: tasks that must agree on a coordinate",

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
+from manyshot.errors import RunFolderError
 from manyshot.export import export_model
-from manyshot.loss_gap import choose_weights, effective_tasks, loss_gaps, weights_without_gaps
+from manyshot.gap_weights import TaskLosses, choose_weights, effective_tasks, memory_of, weights_without_gaps
 from manyshot.match import open_experts
 from manyshot.models import ModelState
 from manyshot.round_merge import Outer, merge_factors, merge_weights
@@ -31,21 +32,36 @@ def weigh(
     """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json."""
     if not all("validation" in expert.record for expert in experts):
         return _weigh_without_gaps(run, folder, round_index, start_losses)
-    before, pretrained = (
-        [losses[expert.task]["loss"] for expert in experts] for losses in (start_losses, pretrained_losses)
+    start, pretrained = (
+        tuple(losses[expert.task]["loss"] for expert in experts) for losses in (start_losses, pretrained_losses)
     )
-    after = [expert.loss for expert in experts]
-    gaps = loss_gaps(before, after)
-    weights, details = choose_weights(run.recipe.method.at_round(max(1, round_index)), gaps, pretrained, after)
+    losses = TaskLosses(start, tuple(expert.loss for expert in experts), pretrained)
+    operator = run.recipe.method.at_round(max(1, round_index))
+    before = _weights_before(run, round_index) if memory_of(operator) else None
+    weights, details = choose_weights(operator, losses, before)
     record = {
         "expert_losses": {expert.task: expert.record["validation"] for expert in experts},
-        "loss_gaps": dict(zip(run.names, gaps, strict=True)),
+        "loss_gaps": dict(zip(run.names, losses.gaps, strict=True)),
         "weights": dict(zip(run.names, weights, strict=True)),
         "effective_tasks": effective_tasks(weights),
         **details,
     }
     write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
     return record
+
+
+def _weights_before(run: Run, round_index: int) -> list[float] | None:
+    """The weights of the round before, in recipe order; None in the first round and in a post-hoc merge."""
+    if round_index < 2:
+        return None
+    path = run.folder.round(round_index - 1) / "loss_gap.json"
+    weights: dict[str, float] = read_json(path).get("weights", {})
+    if set(weights) != set(run.names):
+        raise RunFolderError(
+            f"{path}: holds weights of {', '.join(sorted(weights)) or 'no task'}, and operator.weight_memory needs "
+            f"those of {', '.join(run.names)}; remove the round's folder to redo it"
+        )
+    return [weights[name] for name in run.names]
 
 
 def _weigh_without_gaps(run: Run, folder: Path, round_index: int, start_losses: Json) -> Json:

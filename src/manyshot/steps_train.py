@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from manyshot.evaluate import MeasureJob, run_measure
+from manyshot.gap_weights import needs_gaps
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
-from manyshot.loss_gap import needs_gaps
 from manyshot.models import ModelState
 from manyshot.rundir import atomic_folder, content_key
 from manyshot.steps import Expert, Json, Run

@@ -9,6 +9,7 @@ from manyshot import kernels
 from manyshot.operators._base import (
     Count,
     CountPerRound,
+    MemoryPerRound,
     Operator,
     PerRound,
     Positive,
@@ -21,19 +22,21 @@ from manyshot.operators._base import (
 class Metis(Operator):
     """V = Σ_τ α_τ v_τ;  m_τ = 1[α_τ|v_τ| ≥ δ|V − α_τ v_τ|];  M(v) = β (1[Σ_τ m_τ ≥ k] ⊙ V).
 
-    α = softmax(G / `temperature`) comes from the loss gaps G (manyshot.loss_gap) and reaches `merge` as `weights_T`;
+    α = softmax(G / `temperature`) comes from the loss gaps G (manyshot.gap_weights) and reaches `merge` as `weights_T`;
     δ is `mask_threshold`, k is `min_agreement`, β is `scaling`. The defaults are the paper's.
 
-    Beyond the paper: `gap: relative` divides each gap by what the task's expert gained on the pretrained model, and
-    `gap: none` weighs all tasks alike (the ablation without loss-gap weights);
+    Beyond the paper: `gap` says what a gap is a share of (what the expert gained on the pretrained model, the expert's
+    loss, the start's), or weighs all tasks alike with `none` (the ablation without loss-gap weights);
     `temperature: auto` chooses λ so that exp(H(α)) is `effective_tasks` (three quarters of the tasks when not given);
+    `weight_memory` μ keeps some of the round before's weights, log α_r = μ log α_{r−1} + G/λ up to a constant;
     `mask: false` merges V itself.
     """
 
     name: Literal["metis"] = "metis"
     temperature: PerRound | Literal["auto"] = 2.0
-    gap: Literal["absolute", "relative", "none"] = "absolute"
+    gap: Literal["absolute", "relative", "over_expert", "over_start", "none"] = "absolute"
     effective_tasks: Positive | None = None
+    weight_memory: MemoryPerRound = 0.0
     mask: bool = True
     mask_threshold: ThresholdPerRound = 0.3
     min_agreement: CountPerRound = 2
