@@ -93,7 +93,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "init": {"--force"},
         "validate": {"--json"},
         "plan": {"--json"},
-        "status": {"--json"},
+        "status": {"--json", "--watch"},
     }[command]
     callback = next(
         c.callback for c in app.registered_commands if c.callback and command in (c.name, c.callback.__name__)

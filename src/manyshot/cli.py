@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,8 @@ from manyshot.cli_compare import compare
 from manyshot.cli_eval import evaluate
 from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
+from manyshot.cli_runs import status
+from manyshot.cli_tune import tune
 
 if TYPE_CHECKING:
     from manyshot.recipe import Recipe
@@ -85,9 +86,10 @@ def demo(
 
 
 def _run(recipe: Recipe, output: Path, resume: bool, force: bool, quiet: bool, as_json: bool) -> None:
+    from manyshot.cli_live import LiveView
     from manyshot.cli_view import open_view, show_result
 
-    with open_view(quiet=quiet, as_json=as_json) as view:
+    with open_view(quiet=quiet, as_json=as_json, on_terminal=lambda console: LiveView(console, output)) as view:
         try:
             view.say("loading torch, transformers and trl, then data and model …")
             from manyshot.runner import run as run_recipe
@@ -136,21 +138,10 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 
 
 app.command()(compare)
+app.command()(tune)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
 
 
-@app.command()
-def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: Json = False
-) -> None:
-    """Say how far a run is: what is done, what comes next, the scores so far."""
-    from manyshot.cli_view import show_status
-    from manyshot.status import run_status
-
-    found = run_status(run_folder)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        show_status(found)
+app.command()(status)

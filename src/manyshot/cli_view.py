@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,15 +154,15 @@ def finished_training(event: Event) -> str:
 
 
 @contextmanager
-def open_view(*, quiet: bool, as_json: bool) -> Iterator[View]:
-    """The view for where output goes: bars on a terminal, plain lines elsewhere."""
+def open_view(*, quiet: bool, as_json: bool, on_terminal: Callable[[Console], View] | None = None) -> Iterator[View]:
+    """The view for where output goes: `on_terminal`, or bars, on a terminal, plain lines elsewhere."""
     view: View
     if as_json:
         view = JsonView()
     elif quiet:
         view = QuietView()
     elif sys.stdout.isatty():
-        view = BarView(make_console())
+        view = (on_terminal or BarView)(make_console())
     else:
         view = PlainView()
     try:
@@ -295,6 +295,11 @@ def show_plan(found: dict[str, Any], *, as_json: bool) -> None:
     for line in found["starts"]:
         console.print(line, highlight=False)
     steps = ", ".join(f"round {entry['round']}: {entry['steps_per_task']}" for entry in found["rounds"])
+    if own := found["rounds"][0].get("own_steps"):
+        in_all = {name: sum(entry["own_steps"][name] for entry in found["rounds"]) for name in own}
+        steps += f"; in all {', '.join(f'{name} {number}' for name, number in in_all.items())}"
+    if found["allocation"] == "gap":
+        steps += "; from round 2 on this is the mean, and tasks with more weight take more"
     rows = {
         "steps per task": steps,
         "optimizer steps in all": f"{found['optimizer_steps']:,}",
@@ -321,6 +326,13 @@ def sizes(parts: dict[str, int]) -> str:
 def show_warnings(console: Console, warnings: list[str]) -> None:
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Something a person should read now."""
+    console = make_console()
+    for line in lines:
+        console.print(line, style="yellow", markup=False, highlight=False)
 
 
 def show_status(found: dict[str, Any]) -> None:

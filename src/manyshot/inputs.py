@@ -5,13 +5,15 @@ A mistake found here costs seconds; the same one found in the last round costs t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from manyshot.allocation import MOST_TIMES_EVEN
 from manyshot.base_model import BaseModel, find_base_model
 from manyshot.errors import DataError, ModelError
 from manyshot.evaluate import encode_choices, encode_references
@@ -26,6 +28,7 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
+from manyshot.outer import MEMORIES
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, require_space
 from manyshot.tasks import Encoded, Task, drop_overlong, encode_all, encode_prompt, load_task, training_order
@@ -35,11 +38,14 @@ from manyshot.trainer import check_trainer_arguments
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads, loaded and checked. `changed_entries` counts the weights that training may change."""
+    """Everything a run reads, loaded and checked. `changed_entries` counts the weights that training may change,
+    `mean_tokens` the tokens of a training example, by task.
+    """
 
     base: BaseModel
     tasks: tuple[Task, ...]
     changed_entries: int
+    mean_tokens: Mapping[str, float]
 
 
 def check_inputs(recipe: Recipe) -> Inputs:
@@ -57,8 +63,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
         check_attention(model, recipe.local_update.attn_implementation)
     changed_entries = max(check_model(recipe, base, model), check_experts(recipe, base))
     tasks = without_overlong(recipe, tasks, tokenizer)
-    check_texts(recipe, tasks, tokenizer, model.get_input_embeddings().weight.shape[0])
-    return Inputs(base, tasks, changed_entries)
+    mean_tokens = check_texts(recipe, tasks, tokenizer, model.get_input_embeddings().weight.shape[0])
+    return Inputs(base, tasks, changed_entries, mean_tokens)
 
 
 def check_experts(recipe: Recipe, base: BaseModel) -> int:
@@ -144,15 +150,17 @@ def without_overlong(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any) ->
     return tuple(kept)
 
 
-def check_texts(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any, vocabulary: int) -> None:
-    """Turn every example that the run will use into tokens once.
+def check_texts(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any, vocabulary: int) -> dict[str, float]:
+    """Turn every example that the run will use into tokens once. Returns the mean length of each task's training texts.
 
     Raises DataError with the first problem of every task, one line each.
     """
-    problems = []
+    problems, mean_tokens = [], {}
     for task in tasks:
         try:
-            for encoded in (*_training_texts(recipe, task, tokenizer), *encode_held_out(task, tokenizer, recipe)):
+            training = _training_texts(recipe, task, tokenizer)
+            mean_tokens[task.name] = fmean(len(encoded.input_ids) for encoded in training)
+            for encoded in (*training, *encode_held_out(task, tokenizer, recipe)):
                 _check_ids(encoded.input_ids, vocabulary, f"task '{task.name}', row {encoded.index + 1}")
             kind = find_metric(task.spec.metric, task.name).kind
             if kind == "likelihood":
@@ -166,12 +174,15 @@ def check_texts(recipe: Recipe, tasks: tuple[Task, ...], tokenizer: Any, vocabul
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+    return mean_tokens
 
 
 def _training_texts(recipe: Recipe, task: Task, tokenizer: Any) -> list[Encoded]:
     """The training examples that all rounds together will see, each once."""
     update = recipe.local_update
-    needed = recipe.protocol.local_steps * update.batch_size
+    # how the steps are shared out is not known yet: a task may take up to twice its even share
+    most = MOST_TIMES_EVEN if recipe.protocol.allocation == "gap" else 1
+    needed = most * recipe.protocol_of(task.name).local_steps * update.batch_size
     order = training_order(len(task.train), needed, recipe.seed, task.name, skip=0)
     examples = [task.train[position] for position in sorted(set(order))]
     return encode_all(examples, tokenizer, task, "train", recipe.max_length_of(task.name), update.loss_on)
@@ -186,7 +197,7 @@ def _check_ids(ids: tuple[int, ...], vocabulary: int, where: str) -> None:
 
 
 def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
-    """Refuse what the disk cannot hold: a merged model and a float32 task vector for every round still to come."""
+    """Refuse what the disk cannot hold: a merged model and float32 task vectors for every round still to come."""
     rounds = range(1, recipe.protocol.rounds + 1)
     num_left = sum(not (folder.round(r) / "DONE.json").exists() for r in rounds)
     checkpoint = Checkpoint(inputs.base.path)
@@ -196,4 +207,8 @@ def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
     merged = sum(info.num_elements * (width or info.itemsize) for info in infos)
     dense = 4 * inputs.changed_entries
     experts = len(inputs.tasks) * dense if recipe.local_update.method == "full" else 0
-    require_space(folder.path, num_left * (merged + dense + experts), f"what {num_left} rounds will write")
+    experts *= 3 if recipe.local_update.optimizer_state == "kept" else 1  # with two moments each
+    outer = len(MEMORIES[recipe.merge.outer_optimizer]) * dense
+    searched = 2 * dense if recipe.method.searches_scaling and num_left else 0  # during one merge
+    needed = num_left * (merged + dense + experts + outer) + searched
+    require_space(folder.path, needed, f"what {num_left} rounds will write")

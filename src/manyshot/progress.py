@@ -1,12 +1,14 @@
 """What a run tells while it goes: one place that times every phase, writes metrics.jsonl, and feeds whoever listens.
 
-The library never prints. A listener (the CLI's progress bars, plain lines, JSON lines, or nothing) receives Events.
+The library never prints. A listener (the CLI's live table, plain lines, JSON lines, or nothing) receives Events.
+metrics.jsonl has a line when a phase starts, when it is done, and every few seconds in between, so that a run can be
+watched from elsewhere, and one that died be told from one that takes its time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +18,18 @@ from manyshot.rundir import append_line
 
 # phases whose time is training or evaluation; all others are the run's own overhead
 WORK_PHASES = ("local_update", "validation", "score")
+# between two lines about a phase that goes on; what watches a run takes silence of much longer than this for its end
+BEAT = 5.0
 
-Kind = Literal["start", "advance", "end", "message"]
+Kind = Literal["start", "advance", "end", "message", "round"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened. `done` of `total` items (steps or examples) of a phase; `text` for messages."""
+    """One thing that happened. `done` of `total` items (steps or examples) of a phase; `text` for messages.
+
+    `round`: a round is over, with all of its files there; in a resumed run also those that were over before.
+    """
 
     kind: Kind
     phase: str
@@ -48,6 +55,7 @@ class TimedPhase:
         self._progress = progress
         self._event = event
         self._done = 0
+        self._beat = time.monotonic()
 
     def tick(self, count: int = 1, loss: float | None = None) -> None:
         self._done += count
@@ -55,6 +63,10 @@ class TimedPhase:
         self._progress.listener(
             Event("advance", event.phase, event.round_index, event.task, self._done, event.total, loss)
         )
+        if time.monotonic() - self._beat >= BEAT:
+            self._beat = time.monotonic()
+            place = {"phase": event.phase, "round": event.round_index, "task": event.task, "total": event.total}
+            self._progress.record("advance", **place, done=self._done, loss=loss)
 
 
 class Progress:
@@ -70,18 +82,35 @@ class Progress:
     ) -> Iterator[TimedPhase]:
         """Time a phase; on success its line goes to metrics.jsonl."""
         event = Event("start", phase, round_index, task, total=total)
+        place = {"phase": phase, "round": round_index, "task": task, "total": total}
+        self.record("start", **place)
         self.listener(event)
         started = time.perf_counter()
         yield TimedPhase(self, event)
         seconds = time.perf_counter() - started
-        self.record("phase", phase=phase, round=round_index, task=task, seconds=round(seconds, 4), **values)
+        self.record("phase", **place, seconds=round(seconds, 4), **values)
         self.listener(Event("end", phase, round_index, task, total or 0, total, values={"seconds": seconds} | values))
 
     def message(self, text: str, **values: Any) -> None:
         """Something a person should read now."""
         self.listener(Event("message", "message", text=text, values=values))
 
+    def finished_round(self, round_index: int) -> None:
+        """All files of a round are there."""
+        self.listener(Event("round", "round", round_index))
+
     def record(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.metrics is not None:
             append_line(self.metrics, {"kind": kind, "time": round(time.time(), 3)} | values)
+
+
+def wall_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """How long a run has gone on, from its metrics; the pause before a resume does not count."""
+    wall, began, last = 0.0, None, 0.0
+    for line in lines:
+        if line.get("kind") == "begin":
+            wall += last - began if began is not None else 0.0
+            began = line.get("began", line["time"])
+        last = line["time"]
+    return wall + (last - began if began is not None else 0.0)

@@ -63,6 +63,7 @@ def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> M
     write_json(folder / "DONE.json", done | uneven_steps(run, experts))
     if not run.trial:
         link_atomically(run.folder.merged, folder / "merged")
+    run.progress.finished_round(round_index)
     return start
 
 

@@ -20,13 +20,15 @@ from manyshot.errors import RunFolderError
 from manyshot.executors import Executor, LocalExecutor
 from manyshot.inputs import Inputs, check_inputs, check_space
 from manyshot.models import choose_placement
-from manyshot.progress import WORK_PHASES, Listener, Progress
+from manyshot.process_mark import process_mark
+from manyshot.progress import WORK_PHASES, Listener, Progress, wall_seconds
 from manyshot.recipe import Recipe, operator_warnings
 from manyshot.recipe_file import to_yaml
 from manyshot.rounds import run_rounds
 from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
+from manyshot.workload import workload
 
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -74,7 +76,8 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
         describe(recipe, folder, inputs, command)
         progress = Progress(listener, folder.metrics)
-        progress.record("begin", began=round(began, 3), resumed=resume)
+        progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
+        progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens))
         for warning in operator_warnings(recipe):
             progress.message(f"warning: {warning}")
         progress.message(f"computing in {choose_placement(recipe.local_update).text}")
@@ -161,15 +164,11 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 def phase_seconds(folder: RunFolder) -> dict[str, float]:
     """Seconds per phase from metrics.jsonl, the whole wall time, and the share that is not training or evaluation."""
     totals: dict[str, float] = {}
-    wall, began, last = 0.0, None, 0.0
-    for line in read_lines(folder.metrics):
-        if line.get("kind") == "begin":  # a resumed run begins again; the pause does not count
-            wall += last - began if began is not None else 0.0
-            began = line["began"]
+    lines = read_lines(folder.metrics)
+    for line in lines:
         if line.get("kind") == "phase":
             totals[line["phase"]] = totals.get(line["phase"], 0.0) + line["seconds"]
-        last = line["time"]
-    wall += last - began if began is not None else 0.0
+    wall = wall_seconds(lines)
     work = sum(totals.get(phase, 0.0) for phase in WORK_PHASES)
     return totals | {"wall": wall, "overhead": wall - work, "overhead_share": (wall - work) / wall if wall else 0.0}
 

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from manyshot.errors import RunFolderError
 from manyshot.rundir import RunFolder, read_json, read_lines
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run: `model` is the row it belongs to, `record` the file that says that it is done."""
+
+    name: str
+    model: str
+    kind: Literal["train", "merge", "measure"]
+    record: Path
+    task: str = ""  # of all tasks
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run's recipe says of its course, as plain values: a recipe of another version is read too."""
+
+    tasks: list[str]
+    rounds: int
+    operator: str
+    evaluation: dict[str, Any]
+
+
+def read_outline(folder: RunFolder) -> Outline:
+    """The outline of the run in a folder. Raises RunFolderError where it holds none, or a damaged recipe."""
+    if not folder.recipe.exists():
+        raise RunFolderError(f"{folder.path}: holds no run (no recipe.yaml)")
+    try:
+        recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        evaluation = {"experts": True, "post_hoc": False} | recipe["evaluation"]
+        return Outline(list(recipe["tasks"]), int(recipe["protocol"]["rounds"]), recipe["operator"]["name"], evaluation)
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{folder.recipe}: is not the recipe of a run ({type(error).__name__}: {error})") from None
 
 
 def run_status(path: Path) -> dict[str, Any]:
@@ -17,54 +52,70 @@ def run_status(path: Path) -> dict[str, Any]:
     Raises RunFolderError where the folder holds no run.
     """
     folder = RunFolder(path)
-    if not folder.recipe.exists():
-        raise RunFolderError(f"{path}: holds no run (no recipe.yaml)")
-    recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
-    tasks, rounds = list(recipe["tasks"]), int(recipe["protocol"]["rounds"])
-    steps = planned_steps(folder, tasks, rounds, recipe["evaluation"])
-    pending = [name for name, marker in steps if not marker.exists()]
+    outline = read_outline(folder)
+    steps = planned_steps(folder, outline)
+    pending = [step.name for step in steps if not step.record.exists()]
     lines = read_lines(folder.metrics)
     return {
         "folder": str(path),
-        "tasks": tasks,
-        "rounds": rounds,
-        "rounds_done": sum((folder.round(r) / "DONE.json").exists() for r in range(1, rounds + 1)),
+        "tasks": outline.tasks,
+        "rounds": outline.rounds,
+        "rounds_done": sum((folder.round(r) / "DONE.json").exists() for r in range(1, outline.rounds + 1)),
         "steps_done": len(steps) - len(pending),
         "steps": len(steps),
         "next": pending[0] if pending else None,
         "finished": bool(lines) and lines[-1].get("kind") == "end",
         "last_activity": lines[-1]["time"] if lines else None,
         "merged": str(folder.merged) if folder.merged.exists() else None,
-        "measured": measured_models(folder, rounds),
+        "measured": measured_models(folder, outline.rounds),
     }
 
 
-def planned_steps(
-    folder: RunFolder, tasks: list[str], rounds: int, evaluation: dict[str, Any]
-) -> list[tuple[str, Path]]:
-    """(name, the record that says it is done) of every step of a run, in order."""
-    steps = [("measure pretrained", folder.round(0) / "scores.json")]
+def planned_steps(folder: RunFolder, outline: Outline) -> list[Step]:
+    """Every step of a run, in order."""
+    tasks, evaluation = outline.tasks, outline.evaluation
+    steps = [Step("measure pretrained", "pretrained", "measure", folder.round(0) / "scores.json")]
     if evaluation["experts"]:
-        steps += [(f"expert {task}", folder.expert(task) / "local_update.json") for task in tasks]
-        steps += [(f"measure expert {task}", folder.expert(task) / "scores.json") for task in tasks]
+        places = {task: folder.expert(task) for task in tasks}
+        steps += [
+            Step(f"expert {task}", "experts", "train", place / "local_update.json", task)
+            for task, place in places.items()
+        ]
+        steps += [
+            Step(f"measure expert {task}", "experts", "measure", place / "scores.json", task)
+            for task, place in places.items()
+        ]
     if evaluation["post_hoc"]:
-        steps.append(("merge post-hoc", folder.post_hoc / "merge.json"))
-        steps.append(("measure post-hoc", folder.post_hoc / "scores.json"))
-    for r in range(1, rounds + 1):
-        steps += [(f"round {r}: {task}", folder.local_update(r, task) / "local_update.json") for task in tasks]
-        steps.append((f"round {r}: merge", folder.round(r) / "merge.json"))
-        steps.append((f"round {r}: measure", folder.round(r) / "scores.json"))
+        steps.append(Step("merge post-hoc", "post_hoc", "merge", folder.post_hoc / "merge.json"))
+        steps.append(Step("measure post-hoc", "post_hoc", "measure", folder.post_hoc / "scores.json"))
+    for r in range(1, outline.rounds + 1):
+        model = f"round {r}"
+        steps += [
+            Step(f"{model}: {task}", model, "train", folder.local_update(r, task) / "local_update.json", task)
+            for task in tasks
+        ]
+        steps.append(Step(f"{model}: merge", model, "merge", folder.round(r) / "merge.json"))
+        steps.append(Step(f"{model}: measure", model, "measure", folder.round(r) / "scores.json"))
     return steps
+
+
+def model_folders(folder: RunFolder, rounds: int) -> dict[str, Path]:
+    """Where the records of every measured model are, by the name of its row."""
+    places = {"pretrained": folder.round(0), "post_hoc": folder.post_hoc}
+    return places | {f"round {r}": folder.round(r) for r in range(1, rounds + 1)}
 
 
 def measured_models(folder: RunFolder, rounds: int) -> dict[str, Any]:
     """Losses, scores and weights of every model that has been measured."""
-    places = {"pretrained": folder.round(0), "post_hoc": folder.post_hoc}
-    places |= {f"round {r}": folder.round(r) for r in range(1, rounds + 1)}
     found: dict[str, Any] = {}
-    for name, place in places.items():
+    for name, place in model_folders(folder, rounds).items():
         if (place / "scores.json").exists():
             found[name] = {"scores": read_json(place / "scores.json"), "losses": read_json(place / "losses.json")}
             if (place / "loss_gap.json").exists():
                 found[name]["weights"] = read_json(place / "loss_gap.json")["weights"]
     return found
+
+
+def resume_command(path: Path) -> str:
+    """How to go on with a run: its own resolved recipe is what it was started with."""
+    return f"manyshot run {shlex.quote(str(path / 'recipe.yaml'))} --resume --output {shlex.quote(str(path))}"
