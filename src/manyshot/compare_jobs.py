@@ -20,6 +20,7 @@ from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import LocalExecutor
 from manyshot.local_update import LocalUpdateJob, expert_state, run_local_update
 from manyshot.models import ModelState
+from manyshot.outer import STATE_NAME
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.rounds import run_rounds
@@ -187,7 +188,7 @@ def _round_record(index: int, measured: Json, merge: Json) -> Json:
             task: dict(zip(tasks, row, strict=True))
             for task, row in zip(tasks, merge["task_vector_cosines"], strict=True)
         },
-    }
+    } | ({"scaling": merge["line_search"]["scaling"]} if "line_search" in merge else {})
 
 
 def _train_jointly(job: TrialJob, progress: Progress) -> Json:
@@ -226,6 +227,7 @@ def _prune(job: TrialJob) -> None:
         remove(folder.round(index) / "carried_adapter")
         if index < rounds:
             remove(folder.round(index) / "task_vector.safetensors")
+            remove(folder.round(index) / STATE_NAME)
 
 
 def _outcome(job: TrialJob) -> str:

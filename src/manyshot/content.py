@@ -11,7 +11,13 @@ LATER: dict[str, dict[str, Any]] = {
     "tasks": {},
     "protocol": {},
     "operator": {"weight_memory": 0.0},
-    "merge": {},
+    "merge": {
+        "outer_optimizer": "sgd",
+        "outer_beta1": 0.9,
+        "outer_beta2": 0.99,
+        "outer_epsilon": 1e-5,
+        "search_objective": "average",
+    },
     "local_update": {},
     "evaluation": {},
 }

@@ -6,6 +6,7 @@ import math
 from statistics import fmean
 from typing import Any
 
+from manyshot.line_search import MOST_TRIES
 from manyshot.models import (
     check_target_modules,
     choose_placement,
@@ -14,6 +15,7 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
+from manyshot.outer import MEMORIES
 from manyshot.recipe import Recipe, operator_warnings
 from manyshot.runner import Inputs, check_inputs
 from manyshot.tasks import Encoded, Task, encode_all
@@ -115,13 +117,21 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "training_examples": examples * num_tasks,
         "training_tokens": round(sum(lengths.values()) * examples),
         "mean_tokens_per_example": lengths,
-        "validation_passes": num_tasks * (2 * rounds + 1 + (1 if evaluation.experts else 0) + 1),
+        "validation_passes": num_tasks * _validation_passes(recipe),
         "test_passes": num_tasks * (1 + rounds + (1 if evaluation.experts else 0) + (1 if evaluation.post_hoc else 0)),
         "disk_bytes": _disk(recipe, inputs),
         "memory_bytes": _memory(recipe, inputs, max(lengths.values())),
         "placement": choose_placement(recipe.local_update).text,
         "warnings": warnings(recipe),
     }
+
+
+def _validation_passes(recipe: Recipe) -> int:
+    """How often every task's validation data is read, at most."""
+    rounds, evaluation = recipe.protocol.rounds, recipe.evaluation
+    merges = rounds + (1 if evaluation.post_hoc else 0)
+    searched = MOST_TRIES * merges if recipe.method.searches_scaling else 0
+    return 2 * rounds + 1 + (1 if evaluation.experts else 0) + 1 + searched
 
 
 def _mean_length(recipe: Recipe, task: Task, tokenizer: Any) -> float:
@@ -152,6 +162,8 @@ def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
         "task_vectors": 4 * changed * (rounds + (1 if evaluation.post_hoc else 0)),
         "merged_models": Checkpoint(inputs.base.path).num_bytes * rounds,
     }
+    if memories := MEMORIES[recipe.merge.outer_optimizer]:
+        parts["outer_states"] = 4 * changed * len(memories) * (rounds - 1)
     return parts | {"total": sum(parts.values())}
 
 

@@ -85,6 +85,12 @@ def merge_problems(recipe: MergeRecipe) -> Problems:
     num = len(recipe.experts)
     found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num, 1)]
     found += override_problems(recipe.method, recipe.overrides, num, 1)
+    if recipe.method.searches_scaling:
+        text = (
+            "auto measures merged models while they are made, and a merge writes one model; give a number, or let "
+            "`manyshot run` do it: rounds: 1, and each model as its task's `expert`"
+        )
+        found.append(("operator.scaling", text))
     given = {name: expert.weight for name, expert in recipe.experts.items() if expert.weight is not None}
     if given and len(given) < num:
         missing = next(name for name in recipe.experts if name not in given)

@@ -37,11 +37,20 @@ class Merge(Section):
     reference: Literal["pretrained", "start"] = Field(
         "pretrained", description="pretrained: v = θ − Θ⁰ (the paper); start: v = θ − Θʳ⁻¹ (ATM)"
     )
+    outer_optimizer: Literal["sgd", "nesterov", "adam"] = Field(
+        "sgd", description="with reference: start, what makes a step of the merged update (outer.py)"
+    )
     outer_step_size: Positive | tuple[Positive, ...] = Field(
         1.0, description="with reference: start, multiplies the merged update; one value, or one per round"
     )
     outer_momentum: float = Field(
         0.0, ge=0, lt=1, description="with reference: start, how much of the round before's step is taken again"
+    )
+    outer_beta1: float = Field(0.9, ge=0, lt=1, description="adam: share of the mean update that is kept")
+    outer_beta2: float = Field(0.99, ge=0, lt=1, description="adam: share of the mean square that is kept")
+    outer_epsilon: Positive = Field(1e-5, description="adam: entries whose updates are well below it keep their ratios")
+    search_objective: Literal["average", "worst"] = Field(
+        "average", description="with scaling: auto, what is minimised: the mean over tasks, or (softly) the worst task"
     )
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the merged model's float tensors; as in the base when not given"
@@ -182,6 +191,8 @@ def override_problems(
 
 def cross_problems(recipe: Recipe) -> Problems:
     """(key, message) for settings that are fine alone but not together."""
+        if made.searches_scaling and not operator.searches_scaling:
+            found.append((f"{key}.scaling", "auto is one search for the whole merge; set it under operator"))
     num_tasks, rounds = len(recipe.tasks), recipe.protocol.rounds
     found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num_tasks, rounds)]
     found += override_problems(recipe.method, recipe.overrides, num_tasks, rounds)
@@ -215,9 +226,6 @@ def _merge_problems(recipe: Recipe) -> Problems:
     if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
         found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
     steps, rounds = merge.outer_step_size, recipe.protocol.rounds
-    if merge.reference == "pretrained" and (steps != 1 or merge.outer_momentum):
-        key = "merge.outer_step_size" if steps != 1 else "merge.outer_momentum"
-        found.append((key, "is part of the outer optimizer, which needs reference: start"))
     if isinstance(steps, tuple) and len(steps) != rounds:
         found.append(
             ("merge.outer_step_size", f"has {len(steps)} values for {rounds} rounds; give one, or one per round")
@@ -245,3 +253,28 @@ def operator_warnings(recipe: Recipe) -> list[str]:
                 f"of at most {most:.3g}, or merge.reference: start"
             )
     return found
+    found += _outer_problems(merge)
+    if recipe.method.searches_scaling and merge.space == "factors":
+        found.append(("operator.scaling", "auto searches along a line of weights; it needs merge.space: weights"))
+    if recipe.method.searches_scaling and merge.outer_optimizer == "adam":
+        found.append(("operator.scaling", "auto has no effect on adam's step; choose merge.outer_step_size instead"))
+    return found
+
+
+def _outer_problems(merge: Merge) -> Problems:
+    """Settings of an outer optimizer that is not in use, or that it does not have."""
+    settings = ("outer_optimizer", "outer_step_size", "outer_momentum", "outer_beta1", "outer_beta2", "outer_epsilon")
+    changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
+    if merge.reference == "pretrained":
+        return [(f"merge.{key}", "is part of the outer optimizer, which needs reference: start") for key in changed[:1]]
+    if merge.outer_optimizer != "adam":
+        found = [
+            (f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in settings[3:]
+        ]
+        if merge.outer_optimizer == "nesterov" and not merge.outer_momentum:
+            found.append(("merge.outer_momentum", "is 0, and nesterov is a form of momentum; give one, such as 0.7"))
+        return found
+    found = [("merge.outer_momentum", "adam has outer_beta1 in its place")] if merge.outer_momentum else []
+    if "outer_step_size" not in changed:
+        text = "with adam every weight moves by about this much in a round; 1 is far too large, give one such as 1e-4"
+        found.append(("merge.outer_step_size", text))

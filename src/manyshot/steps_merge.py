@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
@@ -12,9 +13,12 @@ from manyshot.export import export_model
 from manyshot.gap_weights import TaskLosses, choose_weights, effective_tasks, memory_of, weights_without_gaps
 from manyshot.match import open_experts
 from manyshot.models import ModelState
-from manyshot.round_merge import Outer, merge_factors, merge_weights
-from manyshot.rundir import read_json, write_json
+from manyshot.operators import OperatorPlan
+from manyshot.outer import MEMORIES, STATE_NAME, Outer
+from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
+from manyshot.rundir import read_json, remove, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure
+from manyshot.steps_search import WORK_FOLDER, search_scaling
 from manyshot.steps_train import all_steps_alone
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint, file_digest
@@ -93,61 +97,119 @@ def merge(
                 dtype=dtype,
             )
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
-    return Merged(state, report["kept_share"], start_from, {"task_vector.safetensors": report["digest"]})
+    digests = {"task_vector.safetensors": report["digest"]}
+    if "outer_state_digest" in report:
+        digests[STATE_NAME] = report["outer_state_digest"]
+    return Merged(state, report["kept_share"], start_from, digests)
 
 
 def merge_task_vectors(
     run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], weights: dict[str, float]
 ) -> Json:
     """Write task_vector.safetensors, then merge.json; returns what merge.json says."""
-    record_path, output = folder / "merge.json", folder / "task_vector.safetensors"
-    operator = run.recipe.plan.at_round(max(1, round_index))
-    in_order = [weights[expert.task] for expert in experts]
-    # post-hoc (0) draws what the only round of a run with one round draws
-    seed_parts = (run.recipe.seed, "operator", max(1, round_index))
-    pretrained = Checkpoint(run.base.path)
+    record_path = folder / "merge.json"
+    plan = run.recipe.plan.at_round(max(1, round_index))
     if not record_path.exists():
+        searched: Json = {}
+        if plan.searches_scaling:
+            write = partial(_write_candidate, run, round_index, start, experts, weights)
+            searched["line_search"] = search_scaling(run, folder, round_index, experts, write)
+            plan = plan.with_scaling(searched["line_search"]["scaling"])
         with run.progress.timed("merge", round_index):
-            if run.recipe.merge.space == "factors":
-                adapters = [_adapter(expert) for expert in experts]
-                report = merge_factors(
-                    run.names, adapters, operator, in_order, folder / "carried_adapter", seed_parts=seed_parts
-                )
-                expand_adapter(pretrained, folder / "carried_adapter", output)
-            else:
-                stored = StoredTaskVector(start.task_vector) if start.task_vector else None
-                report = merge_weights(
-                    pretrained,
-                    stored,
-                    run.names,
-                    [_update(expert, pretrained) for expert in experts],
-                    operator,
-                    in_order,
-                    output,
-                    reference=run.recipe.merge.reference,
-                    outer=_outer(run, round_index),
-                    seed_parts=seed_parts,
-                )
-            found = report.to_json() | {"digest": file_digest(output), "weights": weights}
-            from_start = start.task_vector is None or run.recipe.merge.reference == "start"
-            if from_start and run.recipe.merge.space == "weights":
-                drift = found["task_vector_norms"]  # these are relative to the round's start already
-            else:
-                drift = {expert.task: _update(expert, pretrained).norm() for expert in experts}
-            write_json(record_path, found | {"drift": drift})
+            found = _merge(run, folder, round_index, start, experts, weights, plan)
+        write_json(record_path, found | searched)
+    remove(folder / WORK_FOLDER)
     record = read_json(record_path)
     _report_merge(run, round_index, record)
     return record
 
 
-def _outer(run: Run, round_index: int) -> Outer:
-    """The outer optimizer of a round; its momentum needs the task vector of two rounds ago, Θʳ⁻² − Θ⁰."""
-    step_size = run.recipe.merge.outer_step_size
+def _merge(
+    run: Run,
+    folder: Path,
+    round_index: int,
+    start: ModelState,
+    experts: Sequence[Expert],
+    weights: dict[str, float],
+    plan: OperatorPlan,
+) -> Json:
+    """Write task_vector.safetensors, and what the outer optimizer leaves; returns what there is to say of the merge."""
+    output, sources = folder / "task_vector.safetensors", _sources(run, start, experts)
+    in_order, seed_parts = [weights[expert.task] for expert in experts], _seed_parts(run, round_index)
+    outer = _outer(run, folder, round_index)
+    if run.recipe.merge.space == "factors":
+        adapters = [_adapter(expert) for expert in experts]
+        report = merge_factors(run.names, adapters, plan, in_order, folder / "carried_adapter", seed_parts=seed_parts)
+        expand_adapter(sources[0], folder / "carried_adapter", output)
+    else:
+        reference = run.recipe.merge.reference
+        report = merge_weights(
+            *sources, plan, in_order, output, reference=reference, outer=outer, seed_parts=seed_parts
+        )
+    found = report.to_json() | {"digest": file_digest(output), "weights": weights}
+    if outer.leaves is not None:
+        found["outer_state_digest"] = file_digest(outer.leaves)
+    from_start = start.task_vector is None or run.recipe.merge.reference == "start"
+    if from_start and run.recipe.merge.space == "weights":
+        drift = found["task_vector_norms"]  # these are relative to the round's start already
+    else:
+        drift = {expert.task: update.norm() for expert, update in zip(experts, sources[-1], strict=True)}
+    return found | {"drift": drift}
+
+
+def _write_candidate(
+    run: Run,
+    round_index: int,
+    start: ModelState,
+    experts: Sequence[Expert],
+    weights: dict[str, float],
+    scaling: float,
+    output: Path,
+) -> None:
+    """Write the task vector that the merge has with one β; what the operator makes of the experts is kept beside it."""
+    plan, sources = run.recipe.plan.at_round(max(1, round_index)), _sources(run, start, experts)
+    reference, outer = run.recipe.merge.reference, replace(_outer(run, output.parent, round_index), leaves=None)
+    update = output.with_name("update.safetensors")
+    if not update.exists():
+        in_order, seed_parts = [weights[expert.task] for expert in experts], _seed_parts(run, round_index)
+        write_update(*sources, plan, in_order, update, reference=reference, seed_parts=seed_parts)
+    scale_update(*sources[:2], update, plan, scaling, output, reference=reference, outer=outer)
+
+
+def _sources(
+    run: Run, start: ModelState, experts: Sequence[Expert]
+) -> tuple[Checkpoint, StoredTaskVector | None, tuple[str, ...], list[Update]]:
+    """What a merge reads: Θ⁰, Θʳ⁻¹ − Θ⁰, the tasks, and what each expert adds to Θʳ⁻¹."""
+    pretrained = Checkpoint(run.base.path)
+    stored = StoredTaskVector(start.task_vector) if start.task_vector else None
+    return pretrained, stored, run.names, [_update(expert, pretrained) for expert in experts]
+
+
+def _seed_parts(run: Run, round_index: int) -> tuple[int, str, int]:
+    """Post-hoc (0) draws what the only round of a run with one round draws."""
+    return run.recipe.seed, "operator", max(1, round_index)
+
+
+def _outer(run: Run, folder: Path, round_index: int) -> Outer:
+    """The outer optimizer of a round. It leaves its state in `folder` where there is a next round."""
+    merge, rounds = run.recipe.merge, run.recipe.protocol.rounds
+    step_size, momentum, optimizer = merge.outer_step_size, merge.outer_momentum, merge.outer_optimizer
     if isinstance(step_size, tuple):
         step_size = step_size[max(1, round_index) - 1]
+    remembers = bool(MEMORIES[optimizer])
     before = run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None
-    momentum = run.recipe.merge.outer_momentum
-    return Outer(step_size, momentum, StoredTaskVector(before) if before and momentum else None)
+    state = run.folder.round(round_index - 1) / STATE_NAME if round_index > 1 else None
+    return Outer(
+        step_size,
+        momentum,
+        StoredTaskVector(before) if before and momentum and not remembers else None,
+        optimizer,
+        betas=(merge.outer_beta1, merge.outer_beta2),
+        epsilon=merge.outer_epsilon,
+        round_index=max(1, round_index),
+        state=StoredTaskVector(state) if state and remembers else None,
+        leaves=folder / STATE_NAME if remembers and 0 < round_index < rounds else None,
+    )
 
 
 def _adapter(expert: Expert) -> Path:
@@ -172,11 +234,19 @@ def _report_merge(run: Run, round_index: int, record: Json) -> None:
     run.progress.message(
         f"{name}: weights {shares} ({effective:.2f} effective tasks); {record['kept_share']:.1%} of coordinates kept"
     )
+    if "line_search" in record:
+        run.progress.message(f"{name}: {_describe_search(record['line_search'])}")
     if record["kept_share"] < LOW_KEPT_SHARE:
         run.progress.message(
             f"{name}: warning: the mask kept almost nothing; lower operator.mask_threshold or operator.min_agreement, "
             "or raise operator.temperature"
         )
+
+
+def _describe_search(search: Json) -> str:
+    """Which β was found, among which."""
+    tried = ", ".join(f"{point['scaling']:g} {point['objective']:.4f}" for point in search["points"])
+    return f"scaling {search['scaling']:g}; lacking of the experts' gain ({search['objective']}) by scaling: {tried}"
 
 
 def merge_post_hoc(run: Run, pretrained_losses: Json) -> Json:

@@ -11,6 +11,7 @@ from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.gap_weights import needs_gaps
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
 from manyshot.models import ModelState
+from manyshot.recipe import Recipe
 from manyshot.rundir import atomic_folder, content_key
 from manyshot.steps import Expert, Json, Run
 from manyshot.tasks import Task
@@ -91,10 +92,15 @@ def local_update_jobs(
             key=content_key(inputs, task.digest(), task.settings(), _adopted_digest(task, round_index)),
             adopted=_adopted(task, round_index),
             # a trial asks for nothing that its operator does not need; what is shared, others may need
-            validated=not run.trial or start == run.pretrained or needs_gaps(recipe.method),
+            validated=not run.trial or start == run.pretrained or _needs_losses(recipe),
         )
         for task, folder in zip(run.tasks, folders, strict=True)
     ]
+
+
+def _needs_losses(recipe: Recipe) -> bool:
+    """Whether a merge asks for the experts' validation losses: for its weights, or for its scaling."""
+    return needs_gaps(recipe.method) or recipe.method.searches_scaling
 
 
 def _adopted(task: Task, round_index: int) -> Path | None:

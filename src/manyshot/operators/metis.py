@@ -40,7 +40,7 @@ class Metis(Operator):
     mask: bool = True
     mask_threshold: ThresholdPerRound = 0.3
     min_agreement: CountPerRound = 2
-    scaling: PerRound = 1.0
+    scaling: PerRound | Literal["auto"] = 1.0
 
     uses_loss_gaps: ClassVar[bool] = True
 
