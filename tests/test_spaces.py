@@ -26,6 +26,7 @@ STARTS = {
     "fresh": (),
     "averaged": ("local_update.adapter_start=averaged",),
     "svd": ("local_update.adapter_start=svd",),
+    "own": ("local_update.adapter_start=own",),
     "factors": ("merge.space=factors",),
     "full": ("local_update.method=full", "local_update.learning_rate=0.002"),
 }
@@ -134,7 +135,7 @@ def test_adapter_start_fresh_leaves_no_adapter_to_carry(
     started: dict[str, tuple[RunResult, list[torch.Tensor]]],
 ) -> None:
     carried = {how: (round_folder(result, 1) / "carried_adapter").is_dir() for how, (result, _) in started.items()}
-    assert carried == {"fresh": False, "averaged": True, "svd": True, "factors": True, "full": False}
+    assert carried == {"fresh": False, "averaged": True, "svd": True, "own": False, "factors": True, "full": False}
 
 
 def test_adapter_start_averaged_carries_the_weighted_mean_of_the_factors(

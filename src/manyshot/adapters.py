@@ -41,17 +41,24 @@ def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
             writer.write(name, dense)
 
 
-def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path) -> None:
-    """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`)."""
+def average_adapters(
+    adapters: Sequence[Path], weights: Sequence[float], output: Path, *, frozen: bool = False
+) -> None:
+    """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`).
+
+    With `frozen`, factors that all tasks have in common stay as they are, whatever the weights sum to.
+    """
     import torch
 
     sources = [AdapterFactors(adapter).weights for adapter in adapters]
     averaged = {}
     for name in sources[0].names:
-        total = torch.zeros(sources[0].info(name).shape)
+        first = sources[0].read(name).float()
+        total = torch.zeros(first.shape)
         for source, weight in zip(sources, weights, strict=True):
             total += source.read(name).float() * weight
-        averaged[name] = total
+        same = frozen and all(torch.equal(source.read(name).float(), first) for source in sources)
+        averaged[name] = first if same else total
     write_adapter(output, adapters[0], averaged)
 
 

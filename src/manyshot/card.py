@@ -32,7 +32,7 @@ def write_card(run: Run, folder: Path, round_index: int, summary: dict[str, Any]
 
 Made with [manyshot](https://pypi.org/project/manyshot/) by many-shot merging ({PAPER}): round {round_index} of
 {run.recipe.protocol.rounds}, operator `{run.recipe.method.name}`,
-{run.recipe.protocol.local_steps} local steps per task in all.
+{run.recipe.protocol.local_steps} local steps per task in all{_peculiarities(run)}.
 
 ## Scores on the test splits
 
@@ -53,6 +53,13 @@ Share of the changed coordinates that the merge kept: {round_summary["kept_share
 ```
 """
     write_text(folder / "merged" / "README.md", text)
+
+
+def _peculiarities(run: Run) -> str:
+    """Where tasks did not all train alike, and where their losses are not in nats."""
+    found = ["shared out by the weights of the round before"] if run.recipe.protocol.allocation == "gap" else []
+    found += [f"{name}: {note}" for name, spec in run.recipe.tasks.items() for note in spec.notes]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _score_table(run: Run, merged: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 # section -> setting -> the value that says what was done before it could be said. With that value it is no part of a
 # name, whatever its default is: a setting is added here when it is added to its section (tests/test_content.py).
 LATER: dict[str, dict[str, Any]] = {
-    "tasks": {},
-    "protocol": {},
+    "tasks": {"steps_share": 1.0, "loss_scale": 1.0},
+    "protocol": {"allocation": "even"},
     "operator": {"weight_memory": 0.0},
     "merge": {
         "outer_optimizer": "sgd",
@@ -18,7 +18,7 @@ LATER: dict[str, dict[str, Any]] = {
         "outer_epsilon": 1e-5,
         "search_objective": "average",
     },
-    "local_update": {},
+    "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0},
     "evaluation": {},
 }
 

@@ -13,6 +13,7 @@ from manyshot.models import ModelState, Placement, load_model
 from manyshot.peft_adapter import is_adapter
 from manyshot.recipe_file import load_recipe
 from manyshot.rundir import RunFolder, content_key, read_json
+from manyshot.start_adapters import own_adapter
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME
 from manyshot.tensors import Checkpoint, file_digest
 
@@ -141,8 +142,9 @@ def _expert(path: Path) -> tuple[str, ModelState]:
     before = int(place.removeprefix("round_")) - 1
     start = _state_after(folder, before)
     carried = folder.round(before) / "carried_adapter"
-    if carried.is_dir():
-        start = replace(start, start_adapter=carried)
+    own = own_adapter(load_recipe(folder.recipe), folder, before + 1, path.resolve().name)
+    if own is not None or carried.is_dir():
+        start = replace(start, start_adapter=own or carried)
     return f"expert {path.name} of round {before + 1}", expert_state(start, path)
 
 

@@ -27,14 +27,16 @@ from manyshot.models import (
     save_adapter,
     save_full,
 )
+from manyshot.optimizer_state import OPTIMIZER_NAME, write_state
 from manyshot.peft_adapter import is_adapter
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
 from manyshot.seeding import derive_seed, permutation
+from manyshot.start_adapters import adapter_seed, freeze_factor
 from manyshot.tasks import Encoded, Task, encode_all, training_order
-from manyshot.tensors import Checkpoint
-from manyshot.trainer import learning_rate_multipliers, make_trainer
+from manyshot.tensors import Checkpoint, file_digest
+from manyshot.trainer import CompletionTrainer, Extras, learning_rate_multipliers, make_trainer
 
 RECORD = "local_update.json"
 Split = Literal["validation", "test"]
@@ -57,6 +59,13 @@ class LocalUpdateJob:
     adopted: Path | None = None  # an expert that exists already: nothing is trained
     mixed: tuple[Task, ...] = ()  # joint fine-tuning on these tasks at once, in place of `task`
     validated: bool = True  # whether anyone asks for the expert's validation loss
+    optimizer_state: Path | None = None  # what the task's optimizer ended the round before with, where it goes on
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether a round follows that goes on with the optimizer's state."""
+        kept = self.recipe.local_update.optimizer_state == "kept"
+        return kept and self.num_steps < self.total_steps and self.round_index < self.recipe.protocol.rounds
 
 
 def finished_update(job: LocalUpdateJob) -> dict[str, Any] | None:
@@ -85,10 +94,14 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
             return _adopt(job, job.adopted, placement, tokenizer, progress)
         with progress.timed("load", job.round_index, job.task.name):
             model = _start_model(job, placement)
-        losses = _train(model, tokenizer, examples, job, placement, progress, where)
+        trainer = _train(model, tokenizer, examples, job, placement, progress)
+        losses = trainer.finite_losses(where)
+        record = _record(job, examples, losses)
         with progress.timed("save", job.round_index, job.task.name):
             _save_expert(model, job, where)
-        record = _record(job, examples, losses)
+            if job.keeps_optimizer:
+                write_state(trainer.optimizer, model, job.folder / OPTIMIZER_NAME, job.optimizer_state)
+                record["optimizer_state"] = file_digest(job.folder / OPTIMIZER_NAME)
         if job.validated:
             plain = model if job.recipe.local_update.method == "full" else model.get_base_model()
             record["validation"] = task_loss(
@@ -128,12 +141,12 @@ def adopted_state(start: ModelState, expert: Path) -> ModelState:
 
 
 def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
-    """The examples of this round's steps, in order, tokenised; of mixed tasks, as many of each, shuffled together."""
+    """The examples of this round's steps, in order, tokenised; of mixed tasks, each one's share, shuffled together."""
     size = job.recipe.local_update.batch_size
     if not job.mixed:
         return _examples_of(job, job.task, job.num_steps * size, job.steps_before * size, tokenizer)
-    each = job.num_steps // len(job.mixed) * size
-    mixed = [example for task in job.mixed for example in _examples_of(job, task, each, 0, tokenizer)]
+    needed = {task.name: job.recipe.protocol_of(task.name).local_steps * size for task in job.mixed}
+    mixed = [one for task in job.mixed for one in _examples_of(job, task, needed[task.name], 0, tokenizer)]
     return [mixed[position] for position in permutation(len(mixed), job.recipe.seed, "joint")]
 
 
@@ -152,10 +165,10 @@ def _start_model(job: LocalUpdateJob, placement: Placement) -> Any:
         # all weights train in float32; a lower type is used for the computation only
         return load_model(job.start, replace(placement, dtype=torch.float32))
     model = load_model(job.start, placement)
-    shared = recipe.merge.space == "factors" or recipe.local_update.adapter_start != "fresh"
-    # factors that will be averaged must start equal in every task; otherwise each task draws its own
-    seed_parts = (recipe.seed, "adapter", job.round_index) + (() if shared else (job.task.name,))
-    return add_adapter(model, recipe, job.task.name, seed_parts, job.start.start_adapter)
+    seed_parts = adapter_seed(recipe, job.round_index, job.task.name)
+    adapted = add_adapter(model, recipe, job.task.name, seed_parts, job.start.start_adapter)
+    freeze_factor(adapted, recipe.local_update, job.round_index)
+    return adapted
 
 
 def _train(
@@ -165,9 +178,8 @@ def _train(
     job: LocalUpdateJob,
     placement: Placement,
     progress: Progress,
-    where: str,
-) -> list[float]:
-    """Run the trainer; the training loss of every step."""
+) -> CompletionTrainer:
+    """Run the trainer."""
     update = job.recipe.local_update
     num_tokens = sum(len(example.input_ids) for example in examples)
     multipliers = learning_rate_multipliers(update, job.num_steps, job.steps_before, job.total_steps)
@@ -186,9 +198,13 @@ def _train(
             seed=derive_seed(job.recipe.seed, "trainer", job.round_index, job.task.name) % 2**31,
             scratch=scratch,
             on_step=timed.tick,
+            # joint fine-tuning has tasks in one batch, and one unit for its loss
+            extras=Extras(
+                job.optimizer_state, 1.0 if job.mixed else job.task.spec.loss_scale, job.recipe.local_update.proximal
+            ),
         )
         trainer.train()
-    return trainer.finite_losses(where)
+    return trainer
 
 
 def _save_expert(model: Any, job: LocalUpdateJob, where: str) -> None:
@@ -206,7 +222,7 @@ def task_loss(
 ) -> ValidationLoss:
     """The validation loss of one task: the one way in which every model of a run is measured."""
     encoded, sums = held_out_sums(model, tokenizer, task, recipe, progress, round_index=round_index, which=which)
-    return mean_loss(encoded, sums)
+    return mean_loss(encoded, sums, task.spec.loss_scale)
 
 
 def held_out_sums(

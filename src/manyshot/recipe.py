@@ -123,6 +123,10 @@ class Recipe(Section):
     def max_length_of(self, task: str) -> int:
         return (self.tasks[task].max_length if task in self.tasks else None) or self.local_update.max_length
 
+    def protocol_of(self, task: str) -> Protocol:
+        """The protocol as the task takes part in it (`steps_share`)."""
+        return self.protocol.share(self.tasks[task].steps_share) if task in self.tasks else self.protocol
+
     def alpha_of(self, task: str) -> float:
         return (self.tasks[task].alpha if task in self.tasks else None) or self.local_update.alpha
 
@@ -133,6 +137,9 @@ def refuse_together(problems: Problems) -> None:
         text = "; ".join(f"{key}: {message}" for key, message in problems)
         raise PydanticCustomError("cross", "{text}", {"text": text, "problems": problems})
 
+
+# whose state is, for each parameter, two moments and a step count
+KEPT_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 
 # settings that decide the weights, of which one merge has one set
 WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks", "weight_memory")
@@ -202,19 +209,77 @@ def cross_problems(recipe: Recipe) -> Problems:
     for name in recipe.tasks:
         if name.lower() in RESERVED_TASK_NAMES or name.endswith(RESERVED_TASK_ENDINGS):
             found.append((f"tasks.{name}", "this name is taken by a file or folder of the run"))
-    update = recipe.local_update
-    unlike = len({(recipe.rank_of(name), recipe.alpha_of(name)) for name in recipe.tasks}) > 1
-    shares_factors = recipe.merge.space == "factors" or update.adapter_start != "fresh"
-    if unlike and shares_factors:
-        found.append(("tasks", "tasks differ in rank or alpha; that needs space: weights and adapter_start: fresh"))
-    if update.method == "full" and shares_factors:
-        found.append(("local_update.method", "full needs space: weights and adapter_start: fresh (it has no adapters)"))
-    if recipe.merge.space == "factors" and update.adapter_start != "fresh":
-        found.append(("local_update.adapter_start", "space: factors always goes on from the merged factors; use fresh"))
-    if any(spec.expert for spec in recipe.tasks.values()) and shares_factors:
-        found.append(("tasks", "an expert that exists already needs space: weights and adapter_start: fresh"))
+    found += _training_problems(recipe)
     if recipe.evaluation.post_hoc and not recipe.evaluation.experts:
         found.append(("evaluation.post_hoc", "needs evaluation.experts: true, since it merges those experts"))
+    return found
+
+
+def _training_problems(recipe: Recipe) -> Problems:
+    """Settings of the local updates, of tasks and of the protocol that exclude each other."""
+    update, found = recipe.local_update, Problems()
+    factors = recipe.merge.space == "factors"
+    averaged = factors or update.adapter_start in ("averaged", "svd")
+    carried = factors or update.adapter_start != "fresh"
+    unlike = len({(recipe.rank_of(name), recipe.alpha_of(name)) for name in recipe.tasks}) > 1
+    if unlike and averaged:
+        text = "tasks differ in rank or alpha; that needs space: weights and adapter_start: fresh or own"
+        found.append(("tasks", text))
+    if update.method == "full" and carried:
+        found.append(("local_update.method", "full needs space: weights and adapter_start: fresh (it has no adapters)"))
+    if factors and update.adapter_start != "fresh":
+        found.append(("local_update.adapter_start", "space: factors always goes on from the merged factors; use fresh"))
+    if any(spec.expert for spec in recipe.tasks.values()) and carried:
+        found.append(("tasks", "an expert that exists already needs space: weights and adapter_start: fresh"))
+    found += _factor_problems(recipe, factors=factors)
+    found += _optimizer_problems(recipe, goes_on=factors or update.adapter_start in ("averaged", "own"))
+    return found + _allocation_problems(recipe)
+
+
+def _factor_problems(recipe: Recipe, *, factors: bool) -> Problems:
+    """Where one of the two factors of an adapter cannot stay as it is."""
+    update, key = recipe.local_update, "local_update.train_factors"
+    if update.train_factors == "both":
+        return []
+    if update.method == "full":
+        return [(key, f"{update.train_factors} is for adapters; full trains all weights")]
+    found = []
+    if len({recipe.rank_of(name) for name in recipe.tasks}) > 1:
+        found.append((key, f"{update.train_factors} keeps a factor that all tasks share; give them the same rank"))
+    if update.train_factors == "b" and update.adapter_start == "svd":
+        found.append((key, "b keeps A for the whole run, and adapter_start: svd makes another A in every round"))
+    if update.train_factors == "alternate" and not (factors or update.adapter_start == "averaged"):
+        found.append((key, "alternate trains A on a B that all tasks share, which needs adapter_start: averaged"))
+    return found
+
+
+def _optimizer_problems(recipe: Recipe, *, goes_on: bool) -> Problems:
+    """Where the moments of a round's optimizer say nothing about the parameters of the next."""
+    update, key = recipe.local_update, "local_update.optimizer_state"
+    if update.optimizer_state == "restart":
+        return []
+    found = []
+    same = update.method == "full" or goes_on or (update.train_factors == "b" and update.adapter_start == "fresh")
+    if not same:
+        text = f"kept needs parameters that mean the same in every round, and {update.adapter_start} makes another A"
+        found.append((key, f"{text}; use adapter_start: own or averaged, or train_factors: b"))
+    if any(spec.expert for spec in recipe.tasks.values()):
+        found.append((key, "kept goes on from round 1, and an expert that exists already has no optimizer's state"))
+    if (optimizer := update.trainer.get("optim", KEPT_OPTIMIZERS[0])) not in KEPT_OPTIMIZERS:
+        found.append((key, f"kept is for {' and '.join(KEPT_OPTIMIZERS)}, not for trainer.optim: {optimizer}"))
+    return found
+
+
+def _allocation_problems(recipe: Recipe) -> Problems:
+    """What steps that are known only round by round leave undecided."""
+    if recipe.protocol.allocation == "even":
+        return []
+    found = []
+    if recipe.local_update.schedule_scope == "run":
+        text = "gap decides the steps round by round, and schedule_scope: run has to know them all; use round"
+        found.append(("protocol.allocation", text))
+    if own := [name for name, spec in recipe.tasks.items() if spec.steps_share != 1]:
+        found.append((f"tasks.{own[0]}.steps_share", "protocol.allocation: gap decides the tasks' steps; leave it out"))
     return found
 
 
@@ -278,3 +343,30 @@ def _outer_problems(merge: Merge) -> Problems:
     if "outer_step_size" not in changed:
         text = "with adam every weight moves by about this much in a round; 1 is far too large, give one such as 1e-4"
         found.append(("merge.outer_step_size", text))
+    return found
+
+
+def operator_warnings(recipe: Recipe) -> list[str]:
+    """Operators that are allowed and still likely to disappoint with this many tasks, or in rounds.
+
+    In rounds every task vector holds all that the rounds before changed, which a sum multiplies by β·T (METHOD).
+    """
+    num_tasks = len(recipe.tasks)
+    operators = {"operator": recipe.method} | {f"overrides.{pattern}": made for pattern, made in recipe.plan.overrides}
+    found = [f"{key}.{text}" for key, made in operators.items() for text in made.warnings(num_tasks)]
+    method = recipe.method
+    weighs = method.uses_loss_gaps and getattr(method, "gap", "absolute") != "none"
+    if recipe.protocol.allocation == "gap" and recipe.protocol.rounds > 1 and not weighs:
+        found.append(f"protocol.allocation: {method.name} takes no weights from loss gaps, so the steps stay even")
+    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
+        return found
+    for key, made in operators.items():
+        growth = made.growth(num_tasks)
+        if growth > 1 + 1e-9:
+            product, most = ("scaling × tasks", 1 / num_tasks) if made.sums else ("scaling", 1.0)
+            found.append(
+                f"{key}.scaling: every task vector of a round holds all that earlier rounds changed, and {made.name} "
+                f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling "
+                f"of at most {most:.3g}, or merge.reference: start"
+            )
+    return found

@@ -269,13 +269,14 @@ def carry_adapter(
     how, carried = run.recipe.local_update.adapter_start, folder / "carried_adapter"
     if run.recipe.merge.space == "factors":
         return replace(merged, start_adapter=carried)
-    if how == "fresh":
+    if how in ("fresh", "own"):  # a task's own adapter is where its local update left it
         return merged
     if not carried.exists():
         with run.progress.timed("merge", 0):
             adapters = [_adapter(expert) for expert in experts]
             if how == "averaged":
-                average_adapters(adapters, [weights[expert.task] for expert in experts], carried)
+                frozen = run.recipe.local_update.train_factors != "both"
+                average_adapters(adapters, [weights[expert.task] for expert in experts], carried, frozen=frozen)
             else:
                 assert merged.task_vector is not None
                 truncate_to_adapter(StoredTaskVector(merged.task_vector), adapters[0], carried)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from manyshot.allocation import Steps, allocate
+from manyshot.content import keyed
 from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.gap_weights import needs_gaps
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
 from manyshot.models import ModelState
+from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Recipe
-from manyshot.rundir import atomic_folder, content_key
+from manyshot.rundir import atomic_folder, content_key, read_json
+from manyshot.start_adapters import own_adapter
 from manyshot.steps import Expert, Json, Run
 from manyshot.tasks import Task
 from manyshot.tensors import file_digest
@@ -20,10 +24,39 @@ from manyshot.tensors import file_digest
 
 def update_locally(run: Run, start: ModelState, round_index: int) -> list[Expert]:
     """The local updates of one round, in recipe order."""
-    protocol = run.recipe.protocol
+    starts = []
+    for name in run.names:
+        own = own_adapter(run.recipe, run.folder, round_index, name)
+        starts.append(replace(start, start_adapter=own) if own is not None else start)
     folders = [run.folder.local_update(round_index, name) for name in run.names]
-    steps, before = protocol.steps_in_round(round_index), protocol.steps_before_round(round_index)
-    return _train(run, start, round_index, steps, before, folders)
+    return _train(run, starts, round_index, steps_of_round(run, round_index), folders)
+
+
+def steps_of_round(run: Run, round_index: int) -> list[Steps]:
+    """The steps of every task in a round, in recipe order; with `allocation: gap` the rounds before decide them."""
+    protocol = run.recipe.protocol
+    if protocol.allocation == "even" or round_index == 1:
+        own = [run.recipe.protocol_of(name) for name in run.names]
+        return [Steps(one.steps_in_round(round_index), one.steps_before_round(round_index)) for one in own]
+    weights = read_json(run.folder.round(round_index - 1) / "loss_gap.json")["weights"]
+    taken = allocate(protocol.steps_in_round(round_index), [weights[name] for name in run.names])
+    shown = ", ".join(f"{name} {steps}" for name, steps in zip(run.names, taken, strict=True))
+    run.progress.message(f"round {round_index}: steps by the weights of the round before: {shown}")
+    return [Steps(steps, _steps_done(run, round_index, name)) for name, steps in zip(run.names, taken, strict=True)]
+
+
+def _steps_done(run: Run, round_index: int, task: str) -> int:
+    """The steps that a task has really done in the rounds before."""
+    folders = [run.folder.local_update(earlier, task) for earlier in range(1, round_index)]
+    return sum(read_json(folder / RECORD)["steps"] for folder in folders)
+
+
+def uneven_steps(run: Run, experts: Sequence[Expert]) -> Json:
+    """{"steps": steps by task} where the tasks of a round do not all take the protocol's."""
+    shares = any(spec.steps_share != 1 for spec in run.recipe.tasks.values())
+    if run.recipe.protocol.allocation == "even" and not shares:
+        return {}
+    return {"steps": {expert.task: expert.record["steps"] for expert in experts}}
 
 
 def train_experts(run: Run) -> Json:
@@ -40,7 +73,8 @@ def train_experts(run: Run) -> Json:
 
 def all_steps_alone(run: Run) -> list[Expert]:
     """The experts as local updates from the pretrained model that take all steps at once."""
-    return _train(run, run.pretrained, 1, run.recipe.protocol.local_steps, 0, _expert_folders(run))
+    steps = [Steps(run.recipe.protocol_of(name).local_steps, 0) for name in run.names]
+    return _train(run, [run.pretrained for _ in run.names], 1, steps, _expert_folders(run))
 
 
 def _expert_folders(run: Run) -> list[Path]:
@@ -48,16 +82,16 @@ def _expert_folders(run: Run) -> list[Path]:
 
 
 def _train(
-    run: Run, start: ModelState, round_index: int, num_steps: int, steps_before: int, folders: Sequence[Path]
+    run: Run, starts: Sequence[ModelState], round_index: int, steps: Sequence[Steps], folders: Sequence[Path]
 ) -> list[Expert]:
-    jobs = local_update_jobs(run, start, round_index, num_steps, steps_before, folders)
+    jobs = local_update_jobs(run, starts, round_index, steps, folders)
     for job in jobs:
         _reuse_expert(job, run.folder.expert(job.task.name))
         if run.shared is not None:
             _reuse_expert(job, shared_update(run.shared, job))
     records = run.executor.map(run_local_update, jobs, run.progress)
     return [
-        Expert(job.task.name, expert_state(start, job.folder), record)
+        Expert(job.task.name, expert_state(job.start, job.folder), record)
         for job, record in zip(jobs, records, strict=True)
     ]
 
@@ -67,35 +101,54 @@ def shared_update(shared: Path, job: LocalUpdateJob) -> Path:
     return shared / f"{job.task.name}-{job.key[:16]}"
 
 
+def first_updates(run: Run, folders: Sequence[Path]) -> list[LocalUpdateJob]:
+    """The local updates of round 1, which depend on no operator; with one round they are the experts."""
+    return local_update_jobs(run, [run.pretrained for _ in run.tasks], 1, steps_of_round(run, 1), folders)
+
+
 def local_update_jobs(
-    run: Run, start: ModelState, round_index: int, num_steps: int, steps_before: int, folders: Sequence[Path]
+    run: Run, starts: Sequence[ModelState], round_index: int, steps: Sequence[Steps], folders: Sequence[Path]
 ) -> list[LocalUpdateJob]:
-    """The local updates of all tasks from one start model, in recipe order."""
-    recipe = run.recipe
-    update = recipe.local_update
-    inputs = [
-        *(run.base.digest, _start_digest(start), update.model_dump(mode="json"), recipe.merge.space, recipe.seed),
-        *(round_index, num_steps, steps_before, recipe.protocol.local_steps),
-        *(recipe.evaluation.loss_on, recipe.evaluation.batch_size),
-    ]
+    """The local updates of all tasks, each from its start and with its steps, in recipe order."""
     return [
-        LocalUpdateJob(
-            recipe=recipe,
-            task=task,
-            start=start,
-            base_name=run.base.name,
-            folder=folder,
-            round_index=round_index,
-            num_steps=num_steps,
-            steps_before=steps_before,
-            total_steps=recipe.protocol.local_steps,
-            key=content_key(inputs, task.digest(), task.settings(), _adopted_digest(task, round_index)),
-            adopted=_adopted(task, round_index),
-            # a trial asks for nothing that its operator does not need; what is shared, others may need
-            validated=not run.trial or start == run.pretrained or _needs_losses(recipe),
-        )
-        for task, folder in zip(run.tasks, folders, strict=True)
+        _job(run, task, start, round_index, taken, folder)
+        for task, start, taken, folder in zip(run.tasks, starts, steps, folders, strict=True)
     ]
+
+
+def _job(run: Run, task: Task, start: ModelState, round_index: int, steps: Steps, folder: Path) -> LocalUpdateJob:
+    recipe, total_steps = run.recipe, run.recipe.protocol_of(task.name).local_steps
+    kept = _kept_optimizer(run, round_index, task)
+    inputs = [
+        *(run.base.digest, _start_digest(start), keyed("local_update", recipe.local_update.model_dump(mode="json"))),
+        *(recipe.merge.space, recipe.seed),
+        *(round_index, steps.num_steps, steps.steps_before, total_steps),
+        *(recipe.evaluation.loss_on, recipe.evaluation.batch_size),
+        *([file_digest(kept)] if kept is not None else []),
+    ]
+    return LocalUpdateJob(
+        recipe=recipe,
+        task=task,
+        start=start,
+        base_name=run.base.name,
+        folder=folder,
+        round_index=round_index,
+        num_steps=steps.num_steps,
+        steps_before=steps.steps_before,
+        total_steps=total_steps,
+        key=content_key(inputs, task.digest(), task.settings(), _adopted_digest(task, round_index)),
+        adopted=_adopted(task, round_index),
+        # a trial asks for nothing that its operator does not need; what is shared, others may need
+        validated=not run.trial or start == run.pretrained or _needs_losses(recipe),
+        optimizer_state=kept,
+    )
+
+
+def _kept_optimizer(run: Run, round_index: int, task: Task) -> Path | None:
+    """What the task's optimizer ended the round before with, where it goes on from that."""
+    if run.recipe.local_update.optimizer_state == "restart" or round_index == 1:
+        return None
+    return run.folder.local_update(round_index - 1, task.name) / OPTIMIZER_NAME
 
 
 def _needs_losses(recipe: Recipe) -> bool:
@@ -128,4 +181,6 @@ def _reuse_expert(job: LocalUpdateJob, expert: Path) -> None:
         for name in ("adapter", "model"):
             if (expert / name).is_dir():
                 shutil.copytree(expert / name, folder / name)
+        if (expert / OPTIMIZER_NAME).exists():
+            shutil.copyfile(expert / OPTIMIZER_NAME, folder / OPTIMIZER_NAME)
         shutil.copyfile(expert / RECORD, folder / RECORD)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from manyshot.errors import ManyshotError, RecipeError, suggestion
 from manyshot.loss_gap import IGNORED, counted_logits, pad_right
 from manyshot.models import Placement
+from manyshot.optimizer_state import load_state
 from manyshot.recipe import LocalUpdate
 from manyshot.tasks import Encoded
 
@@ -50,16 +52,39 @@ RESERVED = {
 }
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a local update adds to plain training: an optimizer that goes on, a unit of loss, a pull back to the start.
+
+    The loss becomes loss_scale · L(θ) + proximal/2 · ‖θ − θ_start‖² over all trained parameters (FedProx, arXiv
+    1812.06127).
+    """
+
+    optimizer_state: Path | None = None
+    loss_scale: float = 1.0
+    proximal: float = 0.0
+
+
 class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that computes logits only where they are counted."""
 
     multipliers: Sequence[float] = ()
+    extras = Extras()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._head = plain.get_output_embeddings()
         self.step_losses: list[float] = []
+        self._started: list[torch.Tensor] = []
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer that the arguments ask for, going on from a stored state where there is one."""
+        if self.optimizer is None:
+            self.optimizer: Any = super().create_optimizer(model)
+            if self.extras.optimizer_state is not None:
+                load_state(self.optimizer, self.model, self.extras.optimizer_state)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """One multiplier of the learning rate per step, as the recipe's schedule gives them."""
@@ -74,12 +99,30 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy over the counted tokens of the whole batch (accumulation included)."""
+        """Mean cross-entropy over the counted tokens of the whole batch (accumulation included), with the `extras`."""
         if self.args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits_NV, labels_N, _ = counted_logits(model, self._head, inputs)
-        total = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        return total / (labels_N.numel() if num_items_in_batch is None else num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs:
+                return loss
+        else:
+            logits_NV, labels_N, _ = counted_logits(model, self._head, inputs)
+            total = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+            loss = total / (labels_N.numel() if num_items_in_batch is None else num_items_in_batch)
+        if self.extras.loss_scale != 1:
+            loss = loss * self.extras.loss_scale
+        if self.extras.proximal:
+            # the parts of an accumulated batch are added up, so each has its part of the penalty
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self._distance_squared() * (self.extras.proximal / 2 / parts)
+        return loss
+
+    def _distance_squared(self) -> torch.Tensor:
+        """‖θ − θ_start‖² over all trained parameters."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self._started:
+            self._started = [parameter.detach().clone() for parameter in trained]
+        pairs = zip(trained, self._started, strict=True)
+        return torch.stack([(now - start).float().square().sum() for now, start in pairs]).sum()
 
     def finite_losses(self, where: str) -> list[float]:
         """The loss of every step. Raises ManyshotError naming the first step whose loss is NaN or Inf."""
@@ -115,6 +158,7 @@ def make_trainer(
     seed: int,
     scratch: str,
     on_step: Callable[[int, float | None], None],
+    extras: Extras | None = None,
 ) -> CompletionTrainer:
     """A trainer that takes exactly `len(multipliers)` steps over the examples, in their order."""
     trainer = CompletionTrainer(
@@ -125,6 +169,7 @@ def make_trainer(
         data_collator=lambda rows: pad_right([_encoded(row) for row in rows], tokenizer.pad_token_id),
     )
     trainer.multipliers = multipliers
+    trainer.extras = extras or Extras()
     trainer.remove_callback(PrinterCallback)  # the library never prints
     trainer.add_callback(_StepCallback(trainer.step_losses, on_step))
     return trainer
@@ -193,12 +238,14 @@ def check_trainer_arguments(update: LocalUpdate) -> None:
 def learning_rate_multipliers(update: LocalUpdate, num_steps: int, steps_before: int, total_steps: int) -> list[float]:
     """The learning rate of each step of a round, as a multiple of `learning_rate`.
 
-    The optimizer restarts every round, so every round warms up over `warmup_steps`. The decay spans the round
-    (`schedule_scope: round`), or all rounds together (`run`), where a round takes its part of the one curve.
+    Where the optimizer restarts every round, every round warms up over `warmup_steps`; where its state is kept, only
+    the task's first steps of the run do. The decay spans the round (`schedule_scope: round`), or all rounds together
+    (`run`), where a round takes its part of the one curve.
     """
+    warmed = steps_before if update.optimizer_state == "kept" else 0
     offset, span = (0, num_steps) if update.schedule_scope == "round" else (steps_before, total_steps)
     return [
-        min(1.0, (step + 1) / (update.warmup_steps + 1)) * _decay(update.lr_schedule, (offset + step) / span)
+        min(1.0, (warmed + step + 1) / (update.warmup_steps + 1)) * _decay(update.lr_schedule, (offset + step) / span)
         for step in range(num_steps)
     ]
 

@@ -15,6 +15,9 @@ class Protocol(Section):
 
     rounds: Count = Field(5, description="merging rounds R")
     local_steps: Count = Field(50, description="optimizer steps per task, over all rounds")
+    allocation: Literal["even", "gap"] = Field(
+        "even", description="gap: from round 2 on, more steps for tasks that had more weight in the round before"
+    )
 
     @model_validator(mode="after")
     def _a_step_per_round(self) -> Protocol:
@@ -34,6 +37,10 @@ class Protocol(Section):
     def steps_before_round(self, round_index: int) -> int:
         return sum(self.steps_in_round(earlier) for earlier in range(1, round_index))
 
+    def share(self, part: float) -> Protocol:
+        """The protocol of a task that takes this part of the steps, at least one a round."""
+        return self.model_copy(update={"local_steps": max(self.rounds, round(part * self.local_steps))})
+
 
 class LocalUpdate(Section):
     """How one task fine-tunes from the round's start model."""
@@ -46,15 +53,22 @@ class LocalUpdate(Section):
     rank_pattern: dict[str, Count] = Field(default_factory=dict, description="rank by module name pattern, as in PEFT")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha by module name pattern")
     target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
-    adapter_start: Literal["fresh", "averaged", "svd"] = Field(
+    adapter_start: Literal["fresh", "averaged", "svd", "own"] = Field(
         "fresh", description="what a round's adapters start from; all are exact"
+    )
+    train_factors: Literal["both", "b", "alternate"] = Field(
+        "both", description="b: A is frozen and the same for all tasks; alternate: B in odd rounds, A in even ones"
     )
     learning_rate: float = Field(3.0e-4, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     schedule_scope: Literal["round", "run"] = Field(
         "round", description="round: the schedule starts anew every round; run: it decays once, over all rounds"
     )
-    warmup_steps: int = Field(2, ge=0, description="in every round, since the optimizer restarts")
+    warmup_steps: int = Field(2, ge=0, description="in every round where the optimizer restarts, once where it is kept")
+    optimizer_state: Literal["restart", "kept"] = Field(
+        "restart", description="kept: each task's AdamW moments go on from round to round"
+    )
+    proximal: float = Field(0.0, ge=0, description="μ of FedProx: adds μ/2 ‖θ − start‖² of what is trained to the loss")
     batch_size: Count = 8
     micro_batch_size: Count | None = Field(None, description="examples at once; the rest is gradient accumulation")
     max_length: Annotated[int, Field(ge=2)] = 512
