@@ -191,6 +191,8 @@ def override_problems(
             for name in WEIGHT_SETTINGS
             if name in settings
         ]
+        if made.searches_scaling and not operator.searches_scaling:
+            found.append((f"{key}.scaling", "auto is one search for the whole merge; set it under operator"))
         if made.uses_loss_gaps and not operator.uses_loss_gaps:
             found.append((key, f"{made.name} takes its weights from loss gaps; make it the operator itself"))
     return found
@@ -198,8 +200,6 @@ def override_problems(
 
 def cross_problems(recipe: Recipe) -> Problems:
     """(key, message) for settings that are fine alone but not together."""
-        if made.searches_scaling and not operator.searches_scaling:
-            found.append((f"{key}.scaling", "auto is one search for the whole merge; set it under operator"))
     num_tasks, rounds = len(recipe.tasks), recipe.protocol.rounds
     found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num_tasks, rounds)]
     found += override_problems(recipe.method, recipe.overrides, num_tasks, rounds)
@@ -290,35 +290,12 @@ def _merge_problems(recipe: Recipe) -> Problems:
         found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
     if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
         found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
+    found += _outer_problems(merge)
     steps, rounds = merge.outer_step_size, recipe.protocol.rounds
     if isinstance(steps, tuple) and len(steps) != rounds:
         found.append(
             ("merge.outer_step_size", f"has {len(steps)} values for {rounds} rounds; give one, or one per round")
         )
-    return found
-
-
-def operator_warnings(recipe: Recipe) -> list[str]:
-    """Operators that are allowed and still likely to disappoint with this many tasks, or in rounds.
-
-    In rounds every task vector holds all that the rounds before changed, which a sum multiplies by β·T (METHOD).
-    """
-    num_tasks = len(recipe.tasks)
-    operators = {"operator": recipe.method} | {f"overrides.{pattern}": made for pattern, made in recipe.plan.overrides}
-    found = [f"{key}.{text}" for key, made in operators.items() for text in made.warnings(num_tasks)]
-    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
-        return found
-    for key, made in operators.items():
-        growth = made.growth(num_tasks)
-        if growth > 1 + 1e-9:
-            product, most = ("scaling × tasks", 1 / num_tasks) if made.sums else ("scaling", 1.0)
-            found.append(
-                f"{key}.scaling: every task vector of a round holds all that earlier rounds changed, and {made.name} "
-                f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling "
-                f"of at most {most:.3g}, or merge.reference: start"
-            )
-    return found
-    found += _outer_problems(merge)
     if recipe.method.searches_scaling and merge.space == "factors":
         found.append(("operator.scaling", "auto searches along a line of weights; it needs merge.space: weights"))
     if recipe.method.searches_scaling and merge.outer_optimizer == "adam":
