@@ -57,8 +57,8 @@ def next_scaling(tried: Mapping[float, float], unit: float) -> float | None:
         return None
     best = min(range(len(points)), key=lambda i: points[i][1])
     if best in (0, len(points) - 1):
-        position = round(points[best][0]) + (1 if best else -1)
-        return _round(unit * 2.0**position) if abs(position) <= MOST_DOUBLINGS else None
+        further = round(points[best][0]) + (1 if best else -1)
+        return _round(unit * 2.0**further) if abs(further) <= MOST_DOUBLINGS else None
     around = points[best - 1 : best + 2]
     position = lowest(around)
     if any(abs(position - x) < CLOSE for x, _ in around):

@@ -69,7 +69,7 @@ def _operator_lines(operator: Metis) -> list[str]:
         "mask": "false merges the weighted sum as it is",
         "mask_threshold": "δ: how strongly a task must stand against the rest",
         "min_agreement": "k: tasks that must agree on a coordinate",
-        "scaling": "β: multiplies the merged task vector; one value, or one per round",
+        "scaling": "β: multiplies the merged task vector; one value, one per round, or auto (a line search)",
     }
     lines = []
     for field in dataclasses.fields(operator):
