@@ -108,14 +108,19 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     protocol, evaluation = recipe.protocol, recipe.evaluation
     num_tasks, rounds = len(inputs.tasks), protocol.rounds
     trainings = 1 + (1 if evaluation.experts and rounds > 1 else 0)  # with one round the experts are the round
-    examples = trainings * protocol.local_steps * recipe.local_update.batch_size
+    steps = {name: trainings * recipe.protocol_of(name).local_steps for name in recipe.tasks}
+    size = recipe.local_update.batch_size
     return {
         "starts": ["round 1 starts from the pretrained model"]
         + (["every later round starts from the merged model of the round before"] if rounds > 1 else []),
-        "rounds": [{"round": r, "steps_per_task": protocol.steps_in_round(r)} for r in range(1, rounds + 1)],
-        "optimizer_steps": trainings * protocol.local_steps * num_tasks,
-        "training_examples": examples * num_tasks,
-        "training_tokens": round(sum(lengths.values()) * examples),
+        "rounds": [
+            {"round": r, "steps_per_task": protocol.steps_in_round(r)} | _own_steps(recipe, r)
+            for r in range(1, rounds + 1)
+        ],
+        "allocation": protocol.allocation,
+        "optimizer_steps": sum(steps.values()),
+        "training_examples": sum(steps.values()) * size,
+        "training_tokens": round(sum(lengths[name] * steps[name] * size for name in steps)),
         "mean_tokens_per_example": lengths,
         "validation_passes": num_tasks * _validation_passes(recipe),
         "test_passes": num_tasks * (1 + rounds + (1 if evaluation.experts else 0) + (1 if evaluation.post_hoc else 0)),
@@ -124,6 +129,12 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "placement": choose_placement(recipe.local_update).text,
         "warnings": warnings(recipe),
     }
+
+
+def _own_steps(recipe: Recipe, round_index: int) -> dict[str, dict[str, int]]:
+    """The steps of those tasks that take a share of the protocol's."""
+    own = [name for name, spec in recipe.tasks.items() if spec.steps_share != 1]
+    return {"own_steps": {name: recipe.protocol_of(name).steps_in_round(round_index) for name in own}} if own else {}
 
 
 def _validation_passes(recipe: Recipe) -> int:
@@ -162,6 +173,8 @@ def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
         "task_vectors": 4 * changed * (rounds + (1 if evaluation.post_hoc else 0)),
         "merged_models": Checkpoint(inputs.base.path).num_bytes * rounds,
     }
+    if recipe.local_update.optimizer_state == "kept":
+        parts["optimizer_states"] = 2 * expert_bytes * len(recipe.tasks) * (rounds - 1)
     if memories := MEMORIES[recipe.merge.outer_optimizer]:
         parts["outer_states"] = 4 * changed * len(memories) * (rounds - 1)
     return parts | {"total": sum(parts.values())}
