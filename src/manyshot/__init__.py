@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from manyshot.api import compare as compare
     from manyshot.api import merge as merge
     from manyshot.api import run as run
+    from manyshot.api import tune as tune
     from manyshot.compare_recipe import CompareRecipe as CompareRecipe
     from manyshot.comparison import CompareResult as CompareResult
     from manyshot.errors import ManyshotError as ManyshotError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from manyshot.recipe import Recipe as Recipe
     from manyshot.recipe_file import load_recipe as load_recipe
     from manyshot.runner import RunResult as RunResult
+    from manyshot.tune_recipe import TuneRecipe as TuneRecipe
+    from manyshot.tuning import TuneResult as TuneResult
 
     __version__: str
 
@@ -42,6 +45,7 @@ _PUBLIC = {
     "run": "manyshot.api",
     "merge": "manyshot.api",
     "compare": "manyshot.api",
+    "tune": "manyshot.api",
     "evaluate_model": "manyshot.eval_command",
     "EvalResult": "manyshot.eval_command",
     "HarnessSettings": "manyshot.harness",
@@ -50,6 +54,8 @@ _PUBLIC = {
     "MergeRecipe": "manyshot.merge_recipe",
     "CompareRecipe": "manyshot.compare_recipe",
     "CompareResult": "manyshot.comparison",
+    "TuneRecipe": "manyshot.tune_recipe",
+    "TuneResult": "manyshot.tuning",
     "load_recipe": "manyshot.recipe_file",
     "ManyshotError": "manyshot.errors",
     "OPERATORS": "manyshot.operators",
@@ -88,6 +94,8 @@ __all__ = [
     "Ties",
     "Tile",
     "TsvM",
+    "TuneRecipe",
+    "TuneResult",
     "__version__",
     "compare",
     "evaluate_model",
@@ -95,6 +103,7 @@ __all__ = [
     "merge",
     "merge_whole",
     "run",
+    "tune",
 ]
 
 

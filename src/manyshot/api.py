@@ -1,4 +1,4 @@
-"""`manyshot.run(recipe)`, `manyshot.merge(recipe)`, `manyshot.compare(recipe)`: what the commands do, from Python."""
+"""`manyshot.run(recipe)`, and `merge`, `compare`, `tune` in the same way: what the commands do, from Python."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from manyshot.recipe_file import (
     load_compare_recipe,
     load_merge_recipe,
     load_recipe,
+    load_tune_recipe,
     merge_recipe_from_mapping,
     recipe_from_mapping,
+    tune_recipe_from_mapping,
 )
+from manyshot.tune_recipe import TuneRecipe
 
 if TYPE_CHECKING:
     from manyshot.comparison import CompareResult
     from manyshot.merge_command import MergeResult
     from manyshot.progress import Listener
     from manyshot.runner import RunResult
+    from manyshot.tuning import TuneResult
 
 
 def run(
@@ -103,3 +107,25 @@ def compare(
         listener=listener,
         command="manyshot.compare(…)",
     )
+
+
+def tune(
+    recipe: TuneRecipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> TuneResult:
+    """Search merge settings on the validation splits into the folder `output`; returns tune.json and best.yaml.
+
+    `recipe` is a TuneRecipe, a mapping with its keys (a run's, and `search`), or the path of its file. Raises
+    manyshot.ManyshotError for input that cannot be used.
+    """
+    from manyshot.tuning import tune as tune_recipe
+
+    if isinstance(recipe, str | Path):
+        recipe = load_tune_recipe(Path(recipe))
+    elif not isinstance(recipe, TuneRecipe):
+        recipe = tune_recipe_from_mapping(recipe)
+    return tune_recipe(recipe, Path(output), resume=resume, force=force, listener=listener, command="manyshot.tune(…)")

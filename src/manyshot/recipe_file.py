@@ -16,12 +16,13 @@ from manyshot.merge_recipe import MergeRecipe
 from manyshot.mergekit_yaml import from_mergekit, is_mergekit
 from manyshot.recipe import Recipe
 from manyshot.recipe_problems import NAMED, Key, Source, cross_problems_of_broken, dotted, explain, one_per_key
+from manyshot.tune_recipe import TuneRecipe
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 SPLITS = ("train", "validation", "test")
 
-AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe, CompareRecipe)
+AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe, CompareRecipe, TuneRecipe)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,6 +46,12 @@ def load_compare_recipe(path: Path, overrides: Sequence[str] = ()) -> CompareRec
     """Read the recipe of a comparison; as load_recipe()."""
     raw, source, problems = _read(path)
     return _build(CompareRecipe, raw, source, overrides, problems, path.resolve().parent)
+
+
+def load_tune_recipe(path: Path, overrides: Sequence[str] = ()) -> TuneRecipe:
+    """Read the recipe of a search; as load_recipe()."""
+    raw, source, problems = _read(path)
+    return _build(TuneRecipe, raw, source, overrides, problems, path.resolve().parent)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Source, list[str]]:
@@ -78,6 +85,11 @@ def merge_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] =
 def compare_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> CompareRecipe:
     """The recipe of a comparison from Python data; relative paths are seen from the current folder."""
     return _build(CompareRecipe, copy.deepcopy(dict(raw)), Source("compare"), overrides, [], Path.cwd())
+
+
+def tune_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> TuneRecipe:
+    """The recipe of a search from Python data; relative paths are seen from the current folder."""
+    return _build(TuneRecipe, copy.deepcopy(dict(raw)), Source("tune"), overrides, [], Path.cwd())
 
 
 def _build(
@@ -178,6 +190,9 @@ def _path_holders(raw: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
     for key in ("model", "base"):
         if key in raw:
             yield (key,), raw
+    if isinstance(raw.get("search"), dict) and "reuse" in raw["search"]:
+        raw["search"] = dict(raw["search"])
+        yield ("search", "reuse"), raw["search"]
     if isinstance(raw.get("models"), dict):
         raw["models"] = dict(raw["models"])
         yield from ((("models", name), raw["models"]) for name in raw["models"])
@@ -229,7 +244,9 @@ __all__ = [
     "load_compare_recipe",
     "load_merge_recipe",
     "load_recipe",
+    "load_tune_recipe",
     "merge_recipe_from_mapping",
     "recipe_from_mapping",
     "to_yaml",
+    "tune_recipe_from_mapping",
 ]

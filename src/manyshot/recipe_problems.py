@@ -17,6 +17,7 @@ from manyshot.errors import suggestion
 from manyshot.merge_recipe import ExpertSpec
 from manyshot.operators import OPERATORS
 from manyshot.recipe import Recipe, SourceSpec, TaskSpec
+from manyshot.tune_recipe import Range
 
 # sections that hold one entry per name: their entries' declaration, and which of their keys are paths
 NAMED: dict[str, tuple[type[BaseModel], tuple[str, ...]]] = {
@@ -27,7 +28,6 @@ NAMED: dict[str, tuple[type[BaseModel], tuple[str, ...]]] = {
     "methods": (Method, ()),
     "task_sets": (TaskSet, ()),
 }
-
 
 Key = tuple[str | int, ...]
 
@@ -119,6 +119,8 @@ def _allowed(section: Key, raw: dict[str, Any], root: type[BaseModel]) -> list[s
             node = node[part]
         name = node.get("name")
         return [field.name for field in dataclasses.fields(OPERATORS[name])]
+    if section[:2] == ("search", "parameters"):
+        return list(Range.model_fields)
     if section[:1] == ("methods",):
         root, section = Method, section[2:]
     if len(section) == 2 and section[0] in NAMED:
