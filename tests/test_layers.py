@@ -144,8 +144,8 @@ ALLOWED: dict[str, set[str]] = {
     "compare_spec": {"benchmark_spec", "compare_methods", "operators", "recipe"},
     "compare_checks": {"benchmark_spec", "compare_methods", "compare_spec", "recipe"},
     "compare_recipe": {"compare_checks", "compare_methods", "compare_spec", "recipe"},
-    "compare_plan": {"compare_recipe", "recipe", "rundir"},
-    "compare_gain": {"normalize"},
+    "compare_plan": {"compare_recipe", "line_search", "recipe", "rundir"},
+    "compare_gain": {"gap_weights", "normalize"},
     "compare_folder": {
         *{"compare_methods", "compare_recipe", "content", "errors", "inputs", "models", "operators", "recipe_file"},
         *{"rundir", "runner"},
@@ -188,7 +188,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare_tables": {"compare_grid", "compare_render", "compare_statistics"},
     "compare_rounds": {"compare_grid"},
     "compare_detail_tables": {"compare_gain", "compare_grid", "compare_render", "compare_rounds", "compare_tables"},
-    "compare_gain_tables": {"compare_gain", "compare_grid", "compare_render", "compare_statistics", "compare_tables"},
+    "compare_gain_tables": {"compare_grid", "compare_render", "compare_statistics", "compare_tables", "gap_weights"},
     "compare_drawing": {"compare_grid", "compare_render", "compare_statistics", "errors", "rundir"},
     "compare_round_figures": {"compare_drawing", "compare_grid", "compare_rounds", "compare_statistics"},
     "compare_figures": {"compare_drawing", "compare_grid", "compare_round_figures", "compare_tables", "rundir"},
@@ -207,12 +207,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "line_search": {"gap_weights"},
     "steps_search": {"evaluate", "gap_weights", "line_search", "rundir", "steps"},
+    "round_record": {"gap_weights"},
+    "guard_advice": {"gap_weights", "operators", "recipe"},
+    "guards": {"gap_weights", "guard_advice", "recipe", "round_record"},
+    "steps_guard": {"guards", "round_record", "rundir", "steps"},
     "steps_merge": {
         *{"adapters", "errors", "export", "gap_weights", "match", "models", "operators", "outer", "round_merge"},
-        *{"rundir", "steps", "steps_search", "steps_train", "task_vector", "tensors"},
+        *{"rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
     },
     "card": {"recipe_file", "rundir", "steps"},
-    "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_merge", "steps_train"},
+    "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_guard", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{
@@ -324,7 +328,7 @@ FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "ma
 OPERATOR_IMPORTS = {"torch", "numpy", "annotated_types"}
 KERNEL_IMPORTS = {"torch", "numpy"}
 # what operators share with each other, beside the kernels
-OPERATOR_PARTS = {"operators._base", "operators._plan", "operators._trim", "operators._spectral"}
+OPERATOR_PARTS = {f"operators.{part}" for part in ("_base", "_norm", "_plan", "_spectral", "_trim")}
 
 
 def name_of(file: Path) -> str:

@@ -20,6 +20,7 @@ from manyshot.models import ModelState
 from manyshot.normalize import normalized
 from manyshot.rundir import link_atomically, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure
+from manyshot.steps_guard import guard
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
 from manyshot.steps_train import train_experts, uneven_steps, update_locally
 
@@ -76,12 +77,15 @@ def merge_round(
 
     # ---- loss gaps: who was erased most, and so gets most weight
     gaps = weigh(run, folder, round_index, before["losses"], summary["pretrained"]["losses"], experts)
+    guard(run, folder, round_index, merged=False)
 
     # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
     merged = merge(run, folder, round_index, start, experts, gaps["weights"])
 
+    # ---- measure, and say what has gone wrong
     measured = measure(run, merged.state, folder, round_index)
-    return merged, measured | gaps | {"kept_share": merged.kept_share}
+    found = guard(run, folder, round_index, merged=True)
+    return merged, measured | gaps | {"kept_share": merged.kept_share, "guards": found}
 
 
 def add_normalized(run: Run, summary: Json) -> None:

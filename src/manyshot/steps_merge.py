@@ -18,14 +18,11 @@ from manyshot.outer import MEMORIES, STATE_NAME, Outer
 from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
 from manyshot.rundir import read_json, remove, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure
+from manyshot.steps_guard import guard
 from manyshot.steps_search import WORK_FOLDER, search_scaling
 from manyshot.steps_train import all_steps_alone
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint, file_digest
-
-# below this share a mask has thrown away nearly everything the tasks learned
-LOW_KEPT_SHARE = 0.01
-
 
 # ---- loss gaps and weights -------------------------------------------------------------------------------------------
 
@@ -227,7 +224,7 @@ def _update(expert: Expert, pretrained: Checkpoint) -> Update:
 
 
 def _report_merge(run: Run, round_index: int, record: Json) -> None:
-    """Say who got weight and how much was kept, and warn when that is nearly nothing."""
+    """Say who got weight and how much was kept."""
     effective = effective_tasks(list(record["weights"].values()))
     shares = ", ".join(f"{task} {weight:.3f}" for task, weight in record["weights"].items())
     name = f"round {round_index}" if round_index else "post-hoc"
@@ -236,11 +233,6 @@ def _report_merge(run: Run, round_index: int, record: Json) -> None:
     )
     if "line_search" in record:
         run.progress.message(f"{name}: {_describe_search(record['line_search'])}")
-    if record["kept_share"] < LOW_KEPT_SHARE:
-        run.progress.message(
-            f"{name}: warning: the mask kept almost nothing; lower operator.mask_threshold or operator.min_agreement, "
-            "or raise operator.temperature"
-        )
 
 
 def _describe_search(search: Json) -> str:
@@ -254,9 +246,11 @@ def merge_post_hoc(run: Run, pretrained_losses: Json) -> Json:
     experts = all_steps_alone(run)
     folder = run.folder.post_hoc
     gaps = weigh(run, folder, 0, pretrained_losses, pretrained_losses, experts)
+    guard(run, folder, 0, merged=False)
     record = merge_task_vectors(run, folder, 0, run.pretrained, experts, gaps["weights"])
     state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
-    return measure(run, state, folder, 0) | gaps | {"kept_share": record["kept_share"]}
+    measured, found = measure(run, state, folder, 0), guard(run, folder, 0, merged=True)
+    return measured | gaps | {"kept_share": record["kept_share"], "guards": found}
 
 
 # ---- the next round's start ------------------------------------------------------------------------------------------
