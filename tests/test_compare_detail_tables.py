@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compare_table_helpers import TASKS, close, make_results, need, pick
+from compare_table_helpers import TASKS, add_shares, close, make_results, need, pick
 from manyshot.compare_detail_tables import (
     dynamics,
     dynamics_tasks,
@@ -91,7 +91,8 @@ def test_tuning_says_what_was_tried_and_what_was_chosen(grid: Grid) -> None:
     table = need(tuning(grid))
     row = pick(table, "small", "TIES", "many-shot")
     assert (row["tried"], row["not_finished"], row["seeds"]) == (3, 1, "0")
-    assert (row["chosen_loss"], row["highest_loss"], row["train_steps"]) == (1.5, 1.75, 60)
+    assert (row["by"], row["chosen_value"], row["worst_value"]) == ("multi task loss", 1.5, 1.75)
+    assert row["train_steps"] == 60
     assert pick(table, "small", "TIES", "post-hoc")["tried"] == ""
     assert "METIS without mask" in [row.cells[1] for row in table.rows]
 
@@ -99,13 +100,13 @@ def test_tuning_says_what_was_tried_and_what_was_chosen(grid: Grid) -> None:
 def test_tuning_candidates_mark_the_chosen_one(grid: Grid, results: dict[str, Any]) -> None:
     rows = need(tuning_candidates(grid)).rows
     assert [row.cells[3:] for row in rows] == [
-        ("density 0.1, scaling 1.0", 1.75, ""),
-        ("density 0.2, scaling 1.0", 1.5, "yes"),
-        ("density 0.4, scaling 1.0", None, ""),
+        ("density 0.1, scaling 1.0", 1.75, None, None, ""),
+        ("density 0.2, scaling 1.0", 1.5, None, None, "yes"),
+        ("density 0.4, scaling 1.0", None, None, None, ""),
     ]
     results["tuning"][0] |= {"chosen": None}
-    assert {row.cells[5] for row in need(tuning_candidates(Grid(results))).rows} == {""}
-    assert pick(tuning(Grid(results)), "small", "TIES", "many-shot")["chosen_loss"] is None
+    assert {row.cells[7] for row in need(tuning_candidates(Grid(results))).rows} == {""}
+    assert pick(tuning(Grid(results)), "small", "TIES", "many-shot")["chosen_value"] is None
     assert tuning_candidates(Grid(results | {"tuning": []})) is None
 
 
@@ -153,6 +154,7 @@ def test_dynamics_tasks_by_hand(grid: Grid) -> None:
 
 def test_tables_keep_the_order_of_the_recipe_when_a_file_sorts_keys(results: dict[str, Any]) -> None:
     keys = ("methods", "task_sets", "categories")
+    add_shares(results)["task_sets"]["seven"]["against"] = "four"
     results["order"] = {key: list(results[key]) for key in keys}
     assert any(results["order"][key] != sorted(results["order"][key]) for key in keys)
     reread = json.loads(json.dumps(results, sort_keys=True))

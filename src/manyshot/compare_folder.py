@@ -13,17 +13,20 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from manyshot.compare_methods import SECTIONS
 from manyshot.compare_recipe import CompareRecipe
-from manyshot.errors import RunFolderError
+from manyshot.content import LATER
+from manyshot.errors import RecipeError, RunFolderError
 from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
-from manyshot.recipe_file import to_yaml
+from manyshot.operators import OPERATORS
+from manyshot.recipe_file import compare_recipe_from_mapping, to_yaml
 from manyshot.rundir import PARTIAL, read_json, write_json, write_text
 from manyshot.runner import PACKAGES, differences, package_version
 
@@ -84,7 +87,7 @@ def claim(folder: CompareFolder, recipe: CompareRecipe, *, resume: bool, extend:
         raise RunFolderError(f"{path}: {flag}: this folder holds no compare.yaml and environment.json of one")
     if extend or force:
         return
-    if changes := differences(_read_recipe(folder), yaml.safe_load(to_yaml(recipe))):
+    if changes := differences(_as_now(_read_recipe(folder)), yaml.safe_load(to_yaml(recipe))):
         raise RunFolderError(
             f"{path}: the recipe differs from the comparison's: {'; '.join(changes)}; use --extend to keep the "
             "finished cells that the new recipe still wants, or --force to start over"
@@ -96,6 +99,29 @@ def _read_recipe(folder: CompareFolder) -> Any:
         return yaml.safe_load(folder.recipe.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
+
+
+def _as_now(raw: Any) -> Any:
+    """The recipe of a comparison that an older version began, with the keys that have come since.
+
+    What says how things were done before there was a key is in content.LATER; all else is as its default.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    raw = raw | {name: LATER[name] | raw[name] for name in (*SECTIONS, "evaluation") if isinstance(raw.get(name), dict)}
+    for part in ("tasks", "retention"):
+        if isinstance(raw.get(part), dict):
+            raw[part] = {name: LATER["tasks"] | spec for name, spec in raw[part].items()}
+    for name, method in raw.get("methods", {}).items():
+        own = {part: LATER[part] | method[part] for part in SECTIONS if isinstance(method.get(part), dict)}
+        if operator := method.get("operator"):
+            known = {field.name for field in fields(OPERATORS[operator["name"]])}
+            own["operator"] = {key: old for key, old in LATER["operator"].items() if key in known} | operator
+        raw["methods"] = raw["methods"] | {name: method | own}
+    try:
+        return yaml.safe_load(to_yaml(compare_recipe_from_mapping(raw)))
+    except RecipeError:  # it says what no recipe may any more: let the difference be named
+        return raw
 
 
 def describe(

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from manyshot.gap_weights import SMALLEST_GAIN
 from manyshot.normalize import summary
 
-SMALLEST_GAIN = 0.01
 # what decides among candidates on validation: its name in a record, and whether more of it is better
 CRITERIA = {
     "multi_task_loss": ("multi_task_validation_loss", False),

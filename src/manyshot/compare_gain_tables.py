@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from manyshot.compare_gain import SMALLEST_GAIN
 from manyshot.compare_grid import Grid, Group, kept
 from manyshot.compare_render import Cell, Column, Row, Table
 from manyshot.compare_statistics import estimate, paired_estimate
 from manyshot.compare_tables import MARKS, METHOD, MODEL, PROTOCOL, counted, heads, worst_tasks
+from manyshot.gap_weights import SMALLEST_GAIN
 
 TASK_SET = Column("task_set", "Task set", "text")
 SHARE = (

@@ -53,17 +53,15 @@ class Candidate:
     local_update: LocalUpdate
     protocol: Protocol
 
+    def settings(self) -> Settings:
+        """section.key -> value, for all that its sections say."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in SECTIONS}
+        return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
     def differences(self, other: Candidate) -> Settings:
-        """section.key -> value, for what the sections of this one say otherwise than those of `other`."""
-        ours, theirs = (
-            {
-                f"{name}.{key}": value
-                for name in SECTIONS
-                for key, value in getattr(one, name).model_dump(mode="json").items()
-            }
-            for one in (self, other)
-        )
-        return {key: value for key, value in ours.items() if value != theirs[key]}
+        """The settings that `other` has with another value."""
+        theirs = other.settings()
+        return {key: value for key, value in self.settings().items() if value != theirs[key]}
 
 
 def combinations(grid: Mapping[str, list[Any]]) -> Iterator[Settings]:

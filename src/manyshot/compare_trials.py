@@ -58,9 +58,13 @@ def trial_job(run: Comparison, cell: Cell, candidate: Candidate, *, scored: bool
 
 
 def settings_of(run: Comparison, cell: Cell, candidate: Candidate) -> Json:
-    """What a cell runs with: the operator's settings, and what it has otherwise than all, as section.key."""
+    """What a cell runs with: the operator's settings, and as section.key what it chose or has otherwise than all."""
     operator = {} if cell.protocol == "joint" else dataclasses.asdict(candidate.operator)
-    return {key: value for key, value in operator.items() if key != "name"} | candidate.differences(run.recipe.shared)
+    method = run.recipe.methods[cell.method]
+    grid = run.recipe.methods[method.ablation_of].grid if method.ablation_of else method.grid
+    chosen = {key: value for key, value in candidate.settings().items() if key in grid}
+    named = {key: value for key, value in operator.items() if key != "name"}
+    return named | candidate.differences(run.recipe.shared) | chosen
 
 
 def candidate_of(run: Comparison, cell: Cell) -> Candidate | None:
