@@ -13,7 +13,8 @@ from typer.main import get_command
 import manyshot
 from manyshot.cli import app
 from manyshot.compare_plan import all_cells
-from manyshot.recipe_file import compare_recipe_from_mapping, recipe_from_mapping
+from manyshot.recipe_file import compare_recipe_from_mapping, recipe_from_mapping, tune_recipe_from_mapping
+from manyshot.tune_plan import plan_tune
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -58,6 +59,19 @@ def test_the_comparison_in_the_docs_loads_and_has_the_cells_it_speaks_of(
     recipe = compare_recipe_from_mapping(yaml.safe_load(blocks("docs/compare.md", "yaml")[0]))
     # ties, fedavg and metis post-hoc and in rounds, an ablation in rounds, joint; two tasks × 3 seeds, three × 1
     assert len(all_cells(recipe)) == 8 * 4
+
+
+def test_the_search_in_the_docs_loads_and_searches_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data(tmp_path, "math.jsonl", "safety.jsonl", "code.jsonl")
+    monkeypatch.chdir(tmp_path)
+    recipe = tune_recipe_from_mapping(yaml.safe_load(blocks("docs/tune.md", "yaml")[0]))
+    assert [one.whole for one in recipe.dimensions] == [False, False, True]
+    plan = plan_tune(recipe)
+    assert plan["searches"] == [{"round": index, "trials": 24} for index in range(1, 6)]
+    # three tasks: an expert each, and no more than one run trains
+    assert plan["steps"] == {"experts": 180, "first_round": 36, "later_rounds": 144}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
