@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyshot.compare_recipe import Candidate, CompareRecipe
+from manyshot.line_search import MOST_TRIES
 from manyshot.recipe import Protocol
 from manyshot.rundir import content_key
 
@@ -106,8 +107,6 @@ def _protocols(recipe: CompareRecipe, place: Place, candidate: Candidate, shot: 
 
 def num_steps(recipe: CompareRecipe, cell: Cell) -> int:
     """Optimizer steps of one cell, over all its tasks and rounds."""
-    if cell.protocol == "joint":
-        return len(recipe.sets[cell.place.task_set].tasks) * recipe.protocol.local_steps
     protocols = _protocols(recipe, cell.place, tries(recipe, cell)[0], cell.protocol)
     return sum(protocol.local_steps for protocol in protocols.values())
 
@@ -178,6 +177,7 @@ def count_evaluations(recipe: CompareRecipe) -> tuple[int, int]:
             rounds = 1 if cell.protocol == "post_hoc" else candidate.protocol.rounds
             # every merged model, and the local updates of the later rounds
             losses += len(tasks) * (2 * rounds - 1)
+            losses += len(tasks) * rounds * MOST_TRIES if candidate.operator.searches_scaling else 0
     # the pretrained model on every task, each expert on its own
     kept = len(recipe.retention) * len({(model, seed) for model, _, seed in pairs})
     return losses + len(pairs) + len(updates), tests + 2 * len(pairs) + kept
