@@ -434,7 +434,7 @@ def test_disk_that_fills_up_names_the_file_and_the_run_can_go_on(runs: Runs, mon
     """Full at one file after another, in the order in which a run writes them, each time going on where it was."""
     names = [
         *("recipe.yaml", "environment.json", "losses.json", "scores.json", "factors.json", "local_update.json"),
-        *("loss_gap.json", "task_vector.safetensors", "merge.json", "README.md", "DONE.json"),
+        *("loss_gap.json", "guards.json", "task_vector.safetensors", "merge.json", "README.md", "DONE.json"),
     ]
     done, opened = runs.get(*ONE_STEP).folder, open
     folder = runs.new_folder()

@@ -47,7 +47,7 @@ def test_run_leaves_exactly_the_files_of_the_run_folder(runs: Runs) -> None:
     update = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/factors.json"]
     update.append("local_update.json")
     measured = ["losses.json", "outputs.json", "scores.json"]
-    merge = ["loss_gap.json", "merge.json", "task_vector.safetensors"]
+    merge = ["guards.json", "loss_gap.json", "merge.json", "task_vector.safetensors"]
     base = [file.name for file in Path(runs.mapping["model"]).iterdir()]
     expected = {"recipe.yaml", "environment.json", "splits.json", "scores.json", "merged"}
     expected |= {f"round_000/{name}" for name in (*measured, "examples.json")}

@@ -68,6 +68,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "last_activity": lines[-1]["time"] if lines else None,
         "merged": str(folder.merged) if folder.merged.exists() else None,
         "measured": measured_models(folder, outline.rounds),
+        "findings": guard_findings(folder, outline.rounds),
     }
 
 
@@ -114,6 +115,12 @@ def measured_models(folder: RunFolder, rounds: int) -> dict[str, Any]:
             if (place / "loss_gap.json").exists():
                 found[name]["weights"] = read_json(place / "loss_gap.json")["weights"]
     return found
+
+
+def guard_findings(folder: RunFolder, rounds: int) -> list[dict[str, Any]]:
+    """What guards have found in every merge so far, in order: a merge that failed has none but these records."""
+    places = (place / "guards.json" for place in model_folders(folder, rounds).values())
+    return [finding for place in places if place.exists() for finding in read_json(place)["findings"]]
 
 
 def resume_command(path: Path) -> str:
