@@ -31,6 +31,8 @@ def share_kept(grid: Grid) -> Table | None:
         Column("difference", "Difference", "number", signed=True),
         *(Column("low", "95 % from", "number", signed=True), Column("high", "to", "number", signed=True)),
         Column("worst_difference", "Difference, worst task", signed=True),
+        Column("validation_average", "On validation", better="higher"),
+        Column("validation_worst", "Worst task", better="higher"),
     )
     rows, groups = [], []
     for model, task_set in _blocks(grid):
@@ -43,7 +45,11 @@ def share_kept(grid: Grid) -> Table | None:
             joint: list[Cell] = ["", ""]
             if group.protocol != "joint" and grid.groups(task_set, ["joint"]):
                 joint = [grid.estimate(group, kept(key, "share_of_joint")) for key in ("average", "worst")]
-            cells = (*own, worst_tasks(grid.done(group), "share"), *joint, *_against_baseline(grid, group))
+            validation: list[Cell] = ["", ""]  # which joint fine-tuning is not measured on
+            if group.protocol != "joint":
+                validation = [grid.estimate(group, kept(key, "validation_share")) for key in ("average", "worst")]
+            which = worst_tasks(grid.done(group), "share")
+            cells = (*own, which, *joint, *_against_baseline(grid, group), *validation)
             _, method, protocol = heads(grid, group)
             rows.append(Row((model, task_set, method, protocol, *cells), model + task_set))
     if not rows:
@@ -53,7 +59,8 @@ def share_kept(grid: Grid) -> Table | None:
         f"{SHARE}. Average over tasks, and the worst task of each seed; mean ± standard error over seeds. Of joint's "
         f"gain: with the losses of joint fine-tuning in place of the experts'. Difference: the row − {baseline}; of "
         "the averages paired by seed and test example, with a 95 % bootstrap interval (seeds, then examples; gains "
-        f"fixed; with one seed silent about training noise), of worst tasks by seed. {MARKS} and task set."
+        f"fixed; with one seed silent about training noise), of worst tasks by seed. On validation: the same "
+        f"shares of validation losses, for whoever still chooses. {MARKS} and task set."
     )
     notes = (*grid.missing(groups), *_undefined(grid), *_unpaired(grid, groups))
     return Table("share_kept", "share of the gain kept", caption, columns, tuple(rows), notes)

@@ -27,6 +27,7 @@ class References:
 
     pretrained: Folders
     experts: Folders
+    expert_validation: Json  # task -> what its expert reached on its validation split
     pretrained_asked: Sequence[BenchmarkJob] = ()
     experts_asked: Sequence[BenchmarkJob] = ()
 
@@ -67,6 +68,7 @@ def collect(
         "categories": {name: list(tasks) for name, tasks in recipe.categories.items()},
         "retention": recipe.kept,
         **_benchmarks(recipe),
+        "task_notes": {name: spec.notes for name, spec in recipe.tasks.items() if spec.notes},
         "rounds": recipe.protocol.rounds,
         "local_steps": recipe.protocol.local_steps,
         "methods": {name: _method(recipe, name) for name in recipe.methods},
@@ -122,6 +124,7 @@ def _reference(recipe: CompareRecipe, place: Place, measured: References) -> Jso
             "normalized": _normalized(recipe, scores, expert_scores, scored),
         },
         "experts": {
+            "validation_losses": {task: measured.expert_validation[task]["loss"] for task in tasks},
             "losses": {task: expert_losses[task]["loss"] for task in tasks},
             "multi_task_loss": multi_task_loss(expert_losses),
             "scores": {name: expert_scores[name] for name in scored},
@@ -176,6 +179,7 @@ def _cell(recipe: CompareRecipe, cell: Cell, trial: Json | None, reference: Json
     tasks, scored = recipe.sets[cell.place.task_set].tasks, recipe.scored(cell.place.task_set)
     losses, scores, outputs = _measured({"": trial["folder"]})
     own = {task: losses[task]["loss"] for task in tasks}
+    rounds = read_json(trial["folder"] / TRIAL)["rounds"]
     examples = {task: [said["score"] for said in outputs[task]] for task in tasks}
     asked = read_benchmarks(trial["folder"] / TEST, recipe.asked(cell.place.task_set), recipe.harness)
     scores |= (read_json(trial["retention"] / "scores.json") if recipe.retention else {}) | _scores(asked)
@@ -192,9 +196,16 @@ def _cell(recipe: CompareRecipe, cell: Cell, trial: Json | None, reference: Json
         "share": shares(reference["pretrained"]["losses"], own, reference["experts"]["losses"]),
         "example_scores": {name: examples[name] for name in scored},
         "example_losses": {task: example_losses(outputs[task]) for task in tasks},
-        "rounds": read_json(trial["folder"] / TRIAL)["rounds"],
+        "validation_share": _validation_share(rounds, reference),
+        "rounds": rounds,
         "train_steps": num_steps(recipe, cell),
     }
+
+
+def _validation_share(rounds: Sequence[Json], reference: Json) -> Json | None:
+    """Of the last round, on validation: what may be looked at to choose a method. Joint fine-tuning is not measured."""
+    before, best = (reference[key]["validation_losses"] for key in ("pretrained", "experts"))
+    return shares(before, rounds[-1]["validation_losses"], best) if rounds else None
 
 
 def _share_of_joint(cell: Json, cells: Sequence[Json], references: Mapping[Place, Json]) -> Json:

@@ -20,6 +20,7 @@ from manyshot.compare_place import (
     Comparison,
     expert_benchmarks,
     expert_folders,
+    expert_losses,
     prepare,
     pretrained_benchmarks,
     pretrained_folders,
@@ -127,6 +128,7 @@ def save_results(run: Comparison) -> Json:
         place: References(
             pretrained_folders(run, place),
             expert_folders(run, place),
+            expert_losses(run, place),
             pretrained_benchmarks(run, place),
             expert_benchmarks(run, place),
         )
