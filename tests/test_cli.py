@@ -23,7 +23,7 @@ from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe
 from manyshot.starter import starter_recipe
 
-COMMANDS = ("run", "demo", "compare", "eval", "merge", "inspect", "init", "validate", "plan", "status")
+COMMANDS = ("run", "demo", "compare", "tune", "eval", "merge", "inspect", "init", "validate", "plan", "status", "serve")
 
 
 @pytest.fixture
@@ -94,6 +94,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "validate": {"--json"},
         "plan": {"--json"},
         "status": {"--json", "--watch"},
+        "serve": {"--port"},
     }[command]
     callback = next(
         c.callback for c in app.registered_commands if c.callback and command in (c.name, c.callback.__name__)
@@ -147,6 +148,28 @@ def test_run_terminated_says_how_to_resume(call: Call, recipe_path: Path, tmp_pa
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert call("run", str(recipe_path), "--output", "out", "--resume", "--quiet").stdout == "out/merged\n"
+
+
+def test_watching_and_serving_end_with_the_codes_that_their_help_promises(
+    call: Call, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["protocol.rounds=1", "evaluation.experts=false"]
+    assert call("run", str(recipe_path), *overrides, "--output", "out", "--quiet").returncode == 0
+    watched = call("status", "out", "--watch")
+    assert (watched.returncode, watched.stderr) == (0, "")
+    assert "finished" in watched.stdout and "round 1" in watched.stdout
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "out" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n", "utf-8")  # it did not say its end
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("manyshot.cli_live.follow.__kwdefaults__", {"every": 0.0, "sleep": interrupt})
+    assert call("status", "out", "--watch").returncode == 130
+    assert call("serve", "nowhere").returncode == 2
+    monkeypatch.setattr("manyshot.serve.PageServer.serve_forever", lambda server: interrupt(0))
+    served = call("serve", "out", "--port", "0")
+    assert served.returncode == 0 and "http://127.0.0.1:" in served.stdout
 
 
 def test_error_is_one_message_with_exit_code_2(call: Call, recipe_path: Path, tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ ALLOWED: dict[str, set[str]] = {
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
     "live_state": {"live_estimate", "live_metrics", "process_mark", "progress", "rundir", "status"},
+    "live_text": {"live_metrics", "live_state", "status"},
+    "serve": {"errors", "live_state", "live_text"},
     "workload": {"recipe", "tasks"},
     "data_files": {"demo", "errors"},
     "task_spec": set(),
@@ -156,8 +158,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "compare_jobs": {
         *{"benchmark_spec", "compare_benchmarks"},
-        *{"base_model", "errors", "evaluate", "executors", "local_update", "models", "outer", "progress", "recipe"},
-        *{"rounds", "rundir", "seeding", "steps", "tasks"},
+        *{"base_model", "errors", "evaluate", "executors", "local_update", "models", "optimizer_state", "outer"},
+        *{"progress", "recipe", "rounds", "rundir", "seeding", "steps", "tasks"},
     },
     "compare_results": {
         "compare_benchmarks",

@@ -16,11 +16,12 @@ import pytest
 from rich.console import Console
 
 from manyshot import cli_live
-from manyshot.cli_live import LiveView, cell_text, duration, fitting, follow, live_screen, totals, troubles, visible
+from manyshot.cli_live import LiveView, cell_text, fitting, follow, live_screen, visible
 from manyshot.errors import RunFolderError
 from manyshot.live_estimate import Speed, seconds_left
 from manyshot.live_metrics import Doing, MetricsTail, doing
 from manyshot.live_state import Cell, LiveRun, LiveState, Row, to_json
+from manyshot.live_text import duration, totals, troubles
 from manyshot.process_mark import is_alive, process_mark
 from manyshot.progress import Event, Progress, wall_seconds
 from manyshot.rundir import RunFolder, append_line, read_json, read_lines, write_json

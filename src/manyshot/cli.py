@@ -12,7 +12,7 @@ from manyshot.cli_compare import compare
 from manyshot.cli_eval import evaluate
 from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
-from manyshot.cli_runs import status
+from manyshot.cli_runs import serve, status
 from manyshot.cli_tune import tune
 
 if TYPE_CHECKING:
@@ -142,6 +142,5 @@ app.command()(tune)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
-
-
 app.command()(status)
+app.command()(serve)

@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from manyshot.cli_view import TITLES
 from manyshot.live_metrics import Doing
 from manyshot.live_state import Cell, LiveRun, LiveState, Row, to_json
-from manyshot.status import resume_command, run_status
+from manyshot.live_text import doing_text, duration, shown, totals, troubles
+from manyshot.status import run_status
 
 if TYPE_CHECKING:
     from manyshot.progress import Event
@@ -133,33 +133,9 @@ def live_screen(state: LiveState, now: Doing | None, console: Console) -> Render
     return Group(*lines)
 
 
-def totals(state: LiveState) -> str:
-    """`23 of 45 steps, 2 min 10 s so far; about 3 min left`."""
-    since = 0.0 if state.finished or state.died else time.time() - state.moment
-    text = f"{state.steps_done} of {state.steps} steps, {duration(state.seconds + since)} so far"
-    if state.finished:
-        return f"{text}; finished"
-    when = " once it goes on" if state.died else ""
-    left = f"about {duration(state.left - since)} left{when}" if state.left is not None else "time left not known yet"
-    return f"{text}; {left}; next: {state.next.name}" if state.next else f"{text}; last checks"
-
-
-def troubles(state: LiveState) -> list[str]:
-    """Since when nothing has happened, where a run has died or may have, and how to go on."""
-    if not (state.died or state.at_risk) or state.last_activity is None:
-        return []
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.last_activity))
-    ended = "its process has ended" if state.died else "if its process has ended"
-    return [
-        f"nothing has happened since {since} ({duration(state.silent)} ago); {ended}, go on with:",
-        f"  {resume_command(state.folder)}",
-    ]
-
-
 def _bar(now: Doing, model: str) -> RenderableType:
     grid = Table.grid(*(Column(no_wrap=True) for _ in range(5)), padding=(0, 1))
-    what = f"{shown(model)}{', ' + now.task if now.task else ''}: {TITLES.get(now.phase, now.phase)}"
-    parts: list[RenderableType] = [Text(what)]
+    parts: list[RenderableType] = [Text(doing_text(now, model))]
     if now.total:
         parts += [ProgressBar(total=now.total, completed=now.done, width=20), Text(f"{now.done}/{now.total}")]
     if now.loss is not None:
@@ -233,18 +209,3 @@ def cell_text(cell: Cell, parts: int) -> str:
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def shown(model: str) -> str:
-    """A row's name as people read it."""
-    return model.replace("_", "-")
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -22,21 +22,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from manyshot.live_text import TITLES
+
 if TYPE_CHECKING:
     from manyshot.progress import Event
     from manyshot.runner import RunResult
 
 LOG_WIDTH = 150
-
-TITLES = {
-    "local_update": "training",
-    "validation": "validation loss",
-    "score": "test score",
-    "merge": "merging",
-    "save": "saving",
-    "load": "loading",
-    "check": "checking",
-}
 
 
 class View(Protocol):
@@ -336,7 +328,9 @@ def show_lines(lines: Iterable[str]) -> None:
 
 
 def show_status(found: dict[str, Any]) -> None:
-    """How far a run is, and every model measured so far."""
+    """How far a run is, every model measured so far, and what its guards have found."""
+    from manyshot.guards import describe
+
     console = make_console()
     console.print(
         f"{found['folder']}: {found['steps_done']} of {found['steps']} steps, "
@@ -353,5 +347,6 @@ def show_status(found: dict[str, Any]) -> None:
         ]
         table.add_row(name, *cells)
     console.print(table)
+    show_lines(describe(finding) for finding in found["findings"])
     if found["merged"]:
         console.print(f"merged model: {found['merged']}", highlight=False, markup=False)

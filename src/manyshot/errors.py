@@ -36,6 +36,10 @@ class WorkerError(ManyshotError):
     """A process that ran a job ended before the job did."""
 
 
+class ServeError(ManyshotError):
+    """A page cannot be served: its port is taken."""
+
+
 class MissingExtraError(ManyshotError):
     """An optional package is not installed."""
 
