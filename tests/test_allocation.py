@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import TASKS
 from manyshot.allocation import allocate
+from manyshot.compare_plan import count_steps
+from manyshot.comparison import compare
 from manyshot.errors import RecipeError
 from manyshot.inspect_recipe import plan_recipe
 from manyshot.models import load_tokenizer
 from manyshot.recipe import Protocol, operator_warnings
+from manyshot.recipe_file import compare_recipe_from_mapping
 from manyshot.rundir import read_json
 from manyshot.runner import RunResult
 from manyshot.tasks import encode_all, load_task, training_order
@@ -151,6 +155,30 @@ def test_loss_scale_multiplies_every_loss_of_its_task_alone(runs: Runs) -> None:
     gaps = [read_json(round_folder(result, 1) / "loss_gap.json")["loss_gaps"] for result in (plain, scaled)]
     assert gaps[1][PAIR[0]] == pytest.approx(100 * gaps[0][PAIR[0]], rel=1e-3)
     assert "its losses are multiplied by 100" in (scaled.merged / "README.md").read_text("utf-8")
+
+
+# ---- in a comparison -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_comparison_counts_what_a_task_of_few_steps_takes(runs: Runs, tmp_path: Path) -> None:
+    small = copy.deepcopy(runs.mapping)
+    own = {key: small[key] for key in ("tasks", "protocol", "local_update", "evaluation")}
+    own["evaluation"].pop("experts")
+    own["tasks"][PAIR[0]] |= {"steps_share": 0.5, "loss_scale": 3}
+    methods = {"mean": {"operator": "mean", "protocols": ["many_shot"]}, "joint": {"joint": True}}
+    recipe = compare_recipe_from_mapping(own | {"models": {"tiny": small["model"]}, "seeds": [0], "methods": methods})
+    done = compare(recipe, tmp_path / "out")
+    cells = {cell["method"]: cell for cell in done.results["cells"]}
+    assert {name: cell["train_steps"] for name, cell in cells.items()} == {"mean": 6, "joint": 6}
+    assert count_steps(recipe)["by_part"] == {"experts": 6, "first_rounds": 3, "later_rounds": 3, "joint": 6}
+    assert [entry["steps"] for entry in cells["mean"]["rounds"]] == [{PAIR[0]: 1, PAIR[1]: 2}] * 2
+    trial = done.folder / "trials" / cells["joint"]["folder"] / "joint" / "local_update.json"
+    tokens = [num_tokens(runs, task, steps, 0) for task, steps in zip(PAIR, (2, 4), strict=True)]
+    assert read_json(trial)["num_tokens"] == sum(tokens)
+    notes = "takes 0.5 of the local steps; its losses are multiplied by 3"
+    assert done.results["task_notes"] == {PAIR[0]: notes.split("; ")}
+    assert f"- Task {PAIR[0]} {notes}" in (done.folder / "report.md").read_text("utf-8")
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import LocalExecutor
 from manyshot.local_update import LocalUpdateJob, expert_state, run_local_update
 from manyshot.models import ModelState
+from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.outer import STATE_NAME
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
@@ -167,6 +168,7 @@ def _run_rounds(job: TrialJob, progress: Progress) -> Json:
     summary = run_rounds(run)
     rounds = [
         _round_record(index, summary["rounds"][str(index)], read_json(folder.round(index) / "merge.json"))
+        | _uneven_steps(folder.round(index))
         for index in range(1, job.recipe.protocol.rounds + 1)
     ]
     return {"rounds": rounds, "multi_task_validation_loss": rounds[-1]["multi_task_validation_loss"]}
@@ -188,12 +190,20 @@ def _round_record(index: int, measured: Json, merge: Json) -> Json:
             task: dict(zip(tasks, row, strict=True))
             for task, row in zip(tasks, merge["task_vector_cosines"], strict=True)
         },
-    } | ({"scaling": merge["line_search"]["scaling"]} if "line_search" in merge else {})
+        **({"scaling": merge["line_search"]["scaling"]} if "line_search" in merge else {}),
+        **({"guards": measured["guards"]} if measured["guards"] else {}),
+    }
+
+
+def _uneven_steps(folder: Path) -> Json:
+    """The steps of each task in a round, where they did not all take the protocol's."""
+    done = read_json(folder / "DONE.json")
+    return {"steps": done["steps"]} if "steps" in done else {}
 
 
 def _train_jointly(job: TrialJob, progress: Progress) -> Json:
     """One model, fine-tuned on all tasks mixed, with the steps that all local updates together would take."""
-    steps = len(job.tasks) * job.recipe.protocol.local_steps
+    steps = sum(job.recipe.protocol_of(task.name).local_steps for task in job.tasks)
     update = LocalUpdateJob(
         recipe=job.recipe,
         task=replace(job.tasks[0], name="joint"),
@@ -224,6 +234,7 @@ def _prune(job: TrialJob) -> None:
         for task in job.tasks:
             for kind in ("adapter", "model"):
                 remove(folder.local_update(index, task.name) / kind)
+            remove(folder.local_update(index, task.name) / OPTIMIZER_NAME)
         remove(folder.round(index) / "carried_adapter")
         if index < rounds:
             remove(folder.round(index) / "task_vector.safetensors")

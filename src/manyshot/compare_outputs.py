@@ -158,6 +158,10 @@ def _summary(grid: Grid) -> list[str]:
             for name, spec in grid.task_sets.items()
         ),
         f"- Protocols: many-shot merges {rounds} times, post-hoc once; each task has {per_task} local steps either way",
+        *(
+            f"- Task {escape_markdown(name)} {escape_markdown('; '.join(notes))}"
+            for name, notes in results.get("task_notes", {}).items()
+        ),
         f"- Methods: {escape_markdown(', '.join(grid.label(method) for method in grid.methods))}",
         f"- Cells (one per model, task set, method, protocol and seed): {counts or 'none'}",
         *_asked(grid),
