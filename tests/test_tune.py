@@ -210,6 +210,14 @@ def test_rounds_are_searched_in_turn_and_the_next_one_trains_from_the_best(
     assert steps == sum(plan_tune(each_recipe(raw))["steps"].values()) == 8 + 4 + 4
 
 
+def test_an_interrupted_search_of_rounds_ends_as_an_unbroken_one(raw: Json, each: TuneResult, tmp_path: Path) -> None:
+    found = interrupted(each_recipe(raw), tmp_path / "search", lambda message: "round 2, trial 1" in message)
+    assert found.results == each.results
+    assert found.best.read_bytes() == each.best.read_bytes()
+    assert unlike(found.folder / "run", each.folder / "run") == []
+    assert trained(found.folder) == trained(each.folder)
+
+
 def test_the_objective_is_the_share_of_the_experts_gain_that_is_kept(each: TuneResult) -> None:
     results = each.results
     for search in results["searches"]:
@@ -240,7 +248,7 @@ def test_a_search_of_the_first_round_leaves_the_other_rounds_to_the_run(raw: Jso
 
 def test_a_search_of_whole_runs_shares_round_1_and_finds_what_the_runs_find(raw: Json, tmp_path: Path) -> None:
     recipe = make(raw, {"operator.scaling": [0.5, 1.0]}, rounds="all", sampler="grid")
-    result = tune(recipe, tmp_path / "search")
+    result = interrupted(recipe, tmp_path / "search", lambda message: "trial 1 of 2" in message)
     records = [read_lines(file) for file in result.folder.rglob("metrics.jsonl")]
     done = [line for lines in records for line in lines if line["kind"] == "phase"]
     assert sorted(line["round"] for line in done if line["phase"] == "local_update") == [1, 1, 2, 2, 2, 2]

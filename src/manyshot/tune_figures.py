@@ -45,10 +45,8 @@ def draw_setting(axes: Axes, name: str, results: Mapping[str, Any], search: Mapp
         foot = axes.get_xaxis_transform()
         axes.plot(failed, [0.03] * len(failed), "x", color=GREY, markersize=5, transform=foot, label="failed")
     if (own := search["own"]) is not None and trials[own]["value"] is not None:
-        axes.plot(
-            *([places[own]], [trials[own]["value"]], "o"),
-            **{"color": "none", "markeredgecolor": GREY, "markersize": 11, "label": "the recipe's own"},
-        )
+        ring, value = [places[own]], [trials[own]["value"]]
+        axes.plot(ring, value, "o", color="none", markeredgecolor=GREY, markersize=11, label="the recipe's own")
     best = search["chosen"]
     axes.plot([places[best]], [trials[best]["value"]], "*", color=FULL_COLOUR, markersize=13, zorder=5, label="best")
     if isinstance(space, list):

@@ -243,7 +243,7 @@ def search(tuning: Tuning, index: int, attempt: Attempt) -> Trial:
             trials.append(try_settings(tuning, index, trials, settings, attempt))
             write_trial(folder, trials[-1])
             progress.message(_line(recipe, index, trials))
-    chosen = trials[end["chosen"]]
+    chosen: Trial = trials[end["chosen"]]
     where = f"round {index}" if index else "whole runs"
     progress.message(f"{where}: trial {chosen.number + 1} is the best of {len(trials)}: {_shown(chosen)}")
     return chosen
