@@ -8,7 +8,9 @@ matrix they average, in float32 like the rest.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -51,27 +53,43 @@ def metis(
     vectors: Vectors,
     weights: Weights,
     *,
-    mask: bool = True,
+    mask: bool | str = True,
+    vote: str = "weighted",
     mask_threshold: float = 0.3,
     min_agreement: int = 2,
+    rescale: str = "none",
     scaling: float = 1.0,
     temperature: float | str = 2.0,  # these four made the weights; the merge itself has no use for them
     gap: str = "absolute",
     weight_memory: float = 0.0,
     effective_tasks: float | None = None,
 ) -> Merged:
-    """V = Σ α_τ v_τ;  m_τ,i = 1[α_τ|v_τ,i| ≥ δ·|V_i − α_τ v_τ,i|];  M(v)_i = β V_i where Σ_τ m_τ,i ≥ k, else 0."""
+    """V = Σ α_τ v_τ;  m_τ,i = 1[α_τ|v_τ,i| ≥ δ·|V_i − α_τ v_τ,i|];  M(v)_i = β V_i where Σ_τ m_τ,i ≥ k, else 0.
+
+    `soft`: β V_i min(Σ_τ m_τ,i, k)/k. `unweighted`: m_τ,i without the α. `norm`: times ‖V‖/‖M(v)/β‖.
+    """
+    voices = [1.0] * len(weights) if vote == "unweighted" else weights
     totals = mean(vectors, weights)
-    merged = []
-    for i, total in enumerate(totals):
+    kept = []
+    for i, (total, voted) in enumerate(zip(totals, mean(vectors, voices), strict=True)):
         votes = 0
-        for vector, weight in zip(vectors, weights, strict=True):
-            own = f32(weight) * f32(vector[i])
-            rest = total - own
+        for vector, voice in zip(vectors, voices, strict=True):
+            own = f32(voice) * f32(vector[i])
+            rest = voted - own
             if abs(own) >= f32(mask_threshold) * abs(rest):
                 votes += 1
-        merged.append(f32(scaling) * total if votes >= min_agreement or not mask else ZERO)
-    return merged
+        if mask == "soft":
+            kept.append(total * (f32(min(votes, min_agreement)) / f32(min_agreement)))
+        else:
+            kept.append(total if votes >= min_agreement or not mask else ZERO)
+    factor = longer(totals, kept) if rescale == "norm" else 1.0
+    return [f32(scaling * factor) * value for value in kept]
+
+
+def longer(one: Merged, other: Merged) -> float:
+    """How many times as long the first vector is, rounded once before the root; 1 where the second is zero."""
+    squares = [sum(Fraction(float(value)) ** 2 for value in vector) for vector in (one, other)]
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 1.0
 
 
 def consensus_ta(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -212,6 +214,11 @@ def test_kernels_combine_same_bits(tasks: int, size: int, in_torch: InTorch) -> 
         same(in_torch, kernels.elect_and_average, vectors_TP, weights_T, 0.3)
         for threshold, agreement in ((0.0, 1), (0.3, 2), (1.0, tasks)):
             same(in_torch, kernels.consensus, vectors_TP, weights_T, threshold, agreement, 0.3)
+            # votes that are not weighted are on sums that are not either
+            plain_TP, how = vectors_TP.clamp(-8, 8), {"unweighted": True}
+            same(in_torch, kernels.consensus, plain_TP, weights_T, threshold, agreement, 0.3, **how)
+            same(in_torch, kernels.consensus, vectors_TP, weights_T, threshold, agreement, 0.3, soft=True)
+            same(in_torch, kernels.consensus, plain_TP, weights_T, threshold, agreement, 0.3, soft=True, **how)
 
 
 @needs_compiled
@@ -247,15 +254,24 @@ def test_kernels_agree_with_the_reference_on_denormals_and_negative_zeros() -> N
     st.floats(0, 2),
     st.integers(1, 5),
     st.sampled_from(["sum", "consensus", "elect"]),
+    st.booleans(),
+    st.booleans(),
 )
 def test_kernels_apply_same_bits_everywhere(
-    rows: list[list[float]], weights: list[float], threshold: float, agreement: int, combine: Any
+    rows: list[list[float]],
+    weights: list[float],
+    threshold: float,
+    agreement: int,
+    combine: Any,
+    unweighted: bool,
+    soft: bool,
 ) -> None:
     vectors_TP, weights_T = torch.tensor(rows), torch.tensor(weights[: len(rows)])
-    operation = Operation(combine, 0.9, threshold=threshold, agreement=agreement)
+    how = {"unweighted": unweighted, "soft": soft}
+    operation = Operation(combine, 0.9, threshold=threshold, agreement=agreement, **how)
     functions = {
         "sum": lambda: _torch.weighted_sum(vectors_TP, weights_T, 0.9),
-        "consensus": lambda: _torch.consensus(vectors_TP, weights_T, threshold, agreement, 0.9),
+        "consensus": lambda: _torch.consensus(vectors_TP, weights_T, threshold, agreement, 0.9, **how),
         "elect": lambda: _torch.elect_and_average(vectors_TP, weights_T, 0.9),
     }
     assert bits(kernels.apply(operation, vectors_TP, weights_T)) == bits(functions[combine]())
@@ -435,6 +451,24 @@ def test_kernels_square_sum_is_close_to_float64(size: int, in_torch: InTorch) ->
     assert in_torch(kernels.square_sum, vector_P) == pytest.approx(expected, rel=1e-5)
 
 
+@every_size
+def test_kernels_square_bins_same_counts_and_exact(size: int, in_torch: InTorch) -> None:
+    """Σ (low + 2²⁴ high) · 2^(2 max(e, 1) − 300) over the exponents e; counts are added to what is there."""
+    vector_P = rows_of(1, size)[0].contiguous()
+    for vector in (vector_P, torch.cat([vector_P, torch.tensor(NONFINITE)])):
+        counts = torch.ones(256, 2, dtype=torch.int64)
+        kernels.square_bins(vector, counts)
+        again = torch.ones(256, 2, dtype=torch.int64)
+        in_torch(kernels.square_bins, vector, again)
+        assert torch.equal(counts, again)
+        bins = [
+            (low - 1 + (high - 1 << 24)) * Fraction(4) ** (max(e, 1) - 150)
+            for e, (low, high) in enumerate(counts.tolist())
+        ]
+        assert sum(bins[:255]) == sum(Fraction(value) ** 2 for value in vector_P.double().tolist())
+        assert (bins[255] != 0) == (len(vector) > size)
+
+
 # ---- which ones ------------------------------------------------------------------------------------------------------
 
 
@@ -463,5 +497,7 @@ def test_kernels_on_a_gpu_same_bits() -> None:
         for combine in ("sum", "consensus", "elect"):
             operation = Operation(combine, 0.9, prepare, density=0.3, rescale=0.3, threshold=0.3, agreement=2)
             places = {"keys": KEYS[:3], "offset": 2**32 - 600, "thresholds": (0x3F800000,) * 3, "allowed": (50,) * 3}
-            found = kernels.apply(operation, vectors_TP.cuda(), weights_T.cuda(), **places).cpu()
-            assert bits(found) == bits(kernels.apply(operation, vectors_TP, weights_T, **places))
+            for how in range(4):
+                operation = replace(operation, unweighted=how % 2 == 1, soft=how > 1)
+                found = kernels.apply(operation, vectors_TP.cuda(), weights_T.cuda(), **places).cpu()
+                assert bits(found) == bits(kernels.apply(operation, vectors_TP, weights_T, **places))

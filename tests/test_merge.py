@@ -120,6 +120,28 @@ def test_merge_weights_reference_start_scales_the_update_only(base: Checkpoint, 
     assert report.num_changed == 3
 
 
+def test_merge_weights_reference_start_votes_on_the_update_and_leaves_earlier_rounds_alone(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    """Θʳ = Θʳ⁻¹ + m̄(u) ⊙ Σ α u: where this round's updates disagree, what the start holds stays as it is."""
+    start = torch.tensor([8.0, 8.0, 8.0, 8.0])
+    write_tensors(tmp_path / "start.safetensors", {"norm.weight": start})
+    stored = StoredTaskVector(tmp_path / "start.safetensors")
+    # δ = 0.5, k = 2: (4, 4) and (4, 2) agree, (4, 1) and (4, 0) do not
+    updates = [Dense(norm_weight=torch.tensor(v)) for v in ([4.0, 4.0, 4.0, 4.0], [4.0, 2.0, 1.0, 0.0])]
+    for operator, expected in (
+        (Metis(mask_threshold=0.5), [12.0, 11.0, 8.0, 8.0]),
+        (Metis(mask_threshold=0.5, mask="soft"), [12.0, 11.0, 9.25, 9.0]),
+        (Metis(mask_threshold=0.5, vote="unweighted", scaling=0.5), [10.0, 9.5, 8.0, 8.0]),
+    ):
+        output = tmp_path / "v.safetensors"
+        found, _ = merged_of(base, updates, output, operator, [0.5, 0.5], start=stored, reference="start")
+        assert found["norm.weight"].tolist() == expected
+    # with reference pretrained the votes are on (12, 12), (12, 10), (12, 9) and (12, 8): all of them agree
+    found, _ = merged_of(base, updates, tmp_path / "p", Metis(mask_threshold=0.5), [0.5, 0.5], start=stored)
+    assert found["norm.weight"].tolist() == [12.0, 11.0, 10.5, 10.0]
+
+
 def test_merge_weights_references_agree_for_the_mean(base: Checkpoint, adapters: list[Path], tmp_path: Path) -> None:
     write_tensors(tmp_path / "s.safetensors", {n: draw("s", n, shape=SHAPES[n]) for n in ("a.weight", "norm.weight")})
     stored, updates = StoredTaskVector(tmp_path / "s.safetensors"), [AdapterUpdate(a) for a in adapters]

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Literal
@@ -46,10 +47,18 @@ from manyshot.operators import (
     merge_whole,
     tile_key,
 )
+from manyshot.operators._norm import _square
 from manyshot.operators._trim import num_kept
 from manyshot.recipe import make_plan
 from manyshot.seeding import make_generator
 
+METIS_MASKS: list[dict[str, Any]] = [
+    {"mask": False, "rescale": "norm"},
+    {"mask": "soft", "min_agreement": 3},
+    {"vote": "unweighted"},
+    {"rescale": "norm", "mask_threshold": 0.6},
+    {"mask": "soft", "vote": "unweighted", "rescale": "norm", "mask_threshold": 0.6, "scaling": 0.7},
+]
 # the contract rows of every operator: hyper-parameters that differ from the defaults
 CONTRACT: dict[str, list[dict[str, Any]]] = {
     "mean": [],
@@ -57,7 +66,7 @@ CONTRACT: dict[str, list[dict[str, Any]]] = {
     "dare": [{"density": 0.6, "scaling": 0.9}, {"density": 0.3, "then": "ties", "rescale": False}],
     "ties": [{"density": 0.55, "scaling": 0.9}, {"density": 1.0}, {"density": 1e-4, "trim_scope": "model"}],
     "consensus_ta": [{"mask_threshold": 0.7, "min_agreement": 3, "scaling": 0.9}],
-    "metis": [{"temperature": 1.5, "mask_threshold": 0.7, "min_agreement": 3, "scaling": 0.9}, {"mask": False}],
+    "metis": [{"temperature": 1.5, "mask_threshold": 0.7, "min_agreement": 3, "scaling": 0.9}, *METIS_MASKS],
     "iso_c": [{"scaling": 0.9}],
     "tsv_m": [{"scaling": 0.9}],
 }
@@ -119,10 +128,10 @@ def streamed(
         if scan.per_tile:
             for index, part_TP in enumerate(parts):
                 preceding[index] = tuple(counts.tolist())
-                scan.observe(part_TP, counts)
+                scan.observe(part_TP, weights_T, counts)
         else:
             for part_TP in reversed(parts):  # the order does not matter
-                scan.observe(part_TP, counts)
+                scan.observe(part_TP, weights_T, counts)
         scan.advance(counts)
     merged = []
     for index, part_TP in enumerate(parts):
@@ -465,7 +474,7 @@ def test_ties_scan_stops_early_where_nothing_has_to_be_counted() -> None:
     vectors_TP, passes = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 0
     while not apart.done:
         counts = torch.zeros(apart.counts_shape(), dtype=torch.int64)
-        apart.observe(vectors_TP, counts)
+        apart.observe(vectors_TP, torch.ones(len(vectors_TP)), counts)
         apart.advance(counts)
         passes += 1
     assert passes == 2  # no equal magnitudes: the third pass, which counts them, is not needed
@@ -519,6 +528,114 @@ def test_consensus_ta_by_hand() -> None:
     assert found.tolist() == [4.0, 3.0, 0.0, 0.0]
     # a multiplier of 4 on task 2 makes it 4 + 4 there: kept
     assert merge(ConsensusTA(mask_threshold=0.5, scaling=0.5), [[4.0], [1.0]], [1.0, 4.0]).tolist() == [4.0]
+
+
+def test_metis_soft_mask_keeps_the_share_of_the_votes_by_hand() -> None:
+    # v as w (weights 1), δ = 1: a task votes where it outweighs the rest together; k = 2
+    vectors = [[4.0, 2.0, 1.0, -1.0], [4.0, 1.0, 1.0, 1.0], [-4.0, 0.5, 1.0, 3.0]]
+    # 0: V = 4, rests 0, 0, 8: two votes -> 4;  1: V = 3.5, rests 1.5, 2.5, 3: one vote -> 1.75
+    # 2: V = 3, rests 2, 2, 2: none -> 0;        3: V = 3, rests 4, 2, 0: one -> 1.5
+    soft = merge(Metis(mask="soft", mask_threshold=1.0), vectors, [1.0, 1.0, 1.0])
+    assert soft.tolist() == [4.0, 1.75, 0.0, 1.5]
+    thirds = merge(Metis(mask="soft", mask_threshold=1.0, min_agreement=3), vectors, [1.0, 1.0, 1.0])
+    assert thirds.tolist() == pytest.approx([8 / 3, 3.5 / 3, 0.0, 1.0])
+
+
+@quick
+@given(st.lists(st.lists(floats, min_size=4, max_size=4), min_size=1, max_size=4), st.floats(0, 2), st.integers(1, 4))
+def test_metis_soft_mask_lies_between_the_hard_one_and_none(rows: list[list[float]], threshold: float, k: int) -> None:
+    ones = [1.0] * len(rows)
+    settings = {"mask_threshold": threshold, "min_agreement": k}
+    hard, soft, whole = (merge(Metis(mask=mask, **settings), rows, ones) for mask in (True, "soft", False))  # type: ignore[arg-type]
+    assert torch.equal(soft[hard != 0], hard[hard != 0])
+    assert (soft.abs() <= whole.abs()).all()
+    assert (soft * whole >= 0).all()
+    if k == 1:
+        assert (soft == hard).all()
+
+
+def test_metis_votes_without_weights_do_not_depend_on_them() -> None:
+    # δ = 0.5, k = 2, v = (4, 2): each holds half of the other. With α = (0.9, 0.1) the second task has 0.2 against 3.6
+    vectors = [[4.0, 4.0], [2.0, 1.0]]
+    assert merge(Metis(mask_threshold=0.5), vectors, [0.9, 0.1]).tolist() == [0.0, 0.0]
+    unweighted = merge(Metis(mask_threshold=0.5, vote="unweighted"), vectors, [0.9, 0.1])
+    assert unweighted.tolist() == pytest.approx([3.8, 0.0])
+    # a task without weight still votes: what it wants is not merged, but what it agrees with stays
+    assert merge(Metis(mask_threshold=0.5, vote="unweighted"), vectors, [1.0, 0.0]).tolist() == [4.0, 0.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "soft"}], ids=str)
+def test_metis_unweighted_votes_are_the_weighted_ones_where_weights_are_powers_of_two_alike(
+    options: dict[str, Any],
+) -> None:
+    vectors_TP, _ = draw(4, 200)
+    weights_T = torch.full((4,), 0.25)
+    found = merge(Metis(vote="unweighted", **options), vectors_TP, weights_T)
+    assert torch.equal(found, merge(Metis(**options), vectors_TP, weights_T))
+    assert 0 < int((found != 0).sum()) < 200
+
+
+def test_metis_rescale_by_hand() -> None:
+    # w = v/2, δ = 0.5, k = 2: V = (4, 3, 0, 2.5), and of that (4, 3, 0, 0) stays: 31.25 of 25
+    vectors = [[4.0, 4.0, 4.0, 4.0], [4.0, 2.0, -4.0, 1.0]]
+    found = merge(Metis(mask_threshold=0.5, rescale="norm"), vectors, [0.5, 0.5])
+    assert found.tolist() == pytest.approx([4 * 1.25**0.5, 3 * 1.25**0.5, 0.0, 0.0])
+    halved = merge(Metis(mask_threshold=0.5, rescale="norm", scaling=0.5), vectors, [0.5, 0.5])
+    assert torch.equal(halved * 2, found)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "soft", "min_agreement": 3}, {"vote": "unweighted"}], ids=str)
+def test_metis_rescale_gives_the_norm_without_a_mask_and_the_direction_with_it(options: dict[str, Any]) -> None:
+    vectors_TP, weights_T = draw(4, 500)
+    masked = merge(Metis(mask_threshold=0.6, **options), vectors_TP, weights_T).double()
+    rescaled = merge(Metis(mask_threshold=0.6, rescale="norm", **options), vectors_TP, weights_T).double()
+    whole = merge(Metis(mask=False), vectors_TP, weights_T).double()
+    assert masked.norm() < 0.95 * whole.norm()
+    assert float(rescaled.norm()) == pytest.approx(float(whole.norm()), rel=1e-6)
+    torch.testing.assert_close(rescaled / rescaled.norm(), masked / masked.norm(), rtol=1e-6, atol=1e-9)
+
+
+def test_metis_rescale_of_what_a_mask_drops_altogether_is_zero() -> None:
+    assert merge(Metis(mask_threshold=9.0, rescale="norm"), [[1.0, 2.0], [2.0, 1.0]], [0.5, 0.5]).tolist() == [0.0, 0.0]
+    with pytest.raises(TypeError, match=r"needs its scan before it merges; merge_whole\(\) does both"):
+        Metis(rescale="norm").merge(torch.ones(2, 3), torch.ones(2), tile_for(2))
+    assert Metis(mask=False, rescale="norm").start_scan(2, 3) is None  # nothing is dropped, and nothing counted
+
+
+def test_norm_scan_adds_up_squares_exactly() -> None:
+    """From the smallest float32 to the largest, 10⁶ times as many small ones as large ones: not a bit is lost."""
+    scan = Metis(mask_threshold=0.0, min_agreement=1, rescale="norm").start_scan(1, 1)
+    assert scan is not None
+    numbers = [3.4028235e38, -1e-45, 1.1754944e-38, 1.0000001, -7.0, 0.0, -0.0] + [1e-30] * 1000
+    vectors_TP = torch.tensor([numbers])
+    counts = np.zeros(scan.counts_shape(), np.int64)
+    scan.observe(vectors_TP, torch.ones(1), counts)
+    exact = sum(Fraction(value) ** 2 for value in vectors_TP.double()[0].tolist())
+    assert [_square(counts_EH) * Fraction(1, 2**298) for counts_EH in counts] == [exact, exact]
+    again = np.zeros_like(counts)
+    for part_TP in reversed(vectors_TP.split(37, dim=1)):
+        scan.observe(part_TP, torch.ones(1), again)
+    assert np.array_equal(counts, again)
+
+
+def test_metis_rescale_stays_finite_where_next_to_nothing_is_kept() -> None:
+    # both agree on the smallest float32 there is, and on nothing else: a factor of 10⁷⁵ would be Inf
+    found = merge(Metis(rescale="norm"), [[1e-45, 1e30], [1e-45, 0.0]], [1.0, 1.0])
+    assert found.isfinite().all()
+    assert found[0] > 0
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize("operator", [Metis(), Metis(mask="soft"), Metis(vote="unweighted"), Metis(rescale="norm")])
+def test_consensus_warnings_come_where_what_all_share_is_dropped_and_nowhere_else(operator: Metis) -> None:
+    for num_tasks in (2, 3, 4, 5, 8):
+        shared = merge(operator, [[1.0, 2.0]] * num_tasks, [1 / num_tasks] * num_tasks)
+        dropped = not shared.any()
+        assert len(operator.warnings(num_tasks)) == dropped, num_tasks
+    assert replace(operator, mask=False).warnings(8) == []
+    (text,) = operator.warnings(5)
+    assert text.startswith("mask_threshold: 0.3 is above 1/(T − 1) = 0.25 for 5 tasks, so metis drops a coordinate")
+    assert text.endswith("unless merge.reference is start, with it what earlier rounds put there; lower it")
 
 
 def test_metis_task_mask_counts_equality_as_agreement() -> None:
@@ -841,6 +958,9 @@ OUTSIDE: dict[str, Sequence[Any]] = {
     "true, false": ("perhaps", 2),
     "≥ 0, < 1": (-0.1, 1.0),
     "absolute, relative, over_expert, over_start, none": ("both",),
+    "true, false, soft": ("perhaps", 2),
+    "weighted, unweighted": ("both",),
+    "none, norm": ("length",),
     "tensor, model": ("layer",),
     "task_arithmetic, ties": ("metis",),
 }

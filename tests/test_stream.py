@@ -23,7 +23,7 @@ from manyshot.errors import MergeError, ModelError
 from manyshot.kernels import pieces
 from manyshot.merge_models import MergeSettings
 from manyshot.merge_report import MergeReport
-from manyshot.operators import BUILT_IN, Dare, Mean, Operator, OperatorPlan, Ties, Tile, tile_key
+from manyshot.operators import BUILT_IN, Dare, Mean, Metis, NormScan, Operator, OperatorPlan, Ties, Tile, tile_key
 from manyshot.task_vector import Scratch
 from merge_helpers import draw, make_peft_adapter, read_model, same_bits, write_model
 
@@ -34,6 +34,9 @@ OPERATORS: dict[str, Operator] = {name: kind() for name, kind in BUILT_IN.items(
     "dare then ties": Dare(then="ties", density=0.5),
     "ties of the model": Ties(trim_scope="model", density=0.3),
     "ties that trims nothing": Ties(density=1.0),
+    "metis soft": Metis(mask="soft", vote="unweighted"),
+    "metis rescaled": Metis(rescale="norm", mask_threshold=0.6),
+    "metis soft rescaled": Metis(mask="soft", min_agreement=3, rescale="norm"),
 }
 WEIGHTS = (0.5, 0.3, 0.2)
 
@@ -229,6 +232,33 @@ def test_stream_trims_over_the_whole_model_like_the_reference(
         begin += size
 
 
+@pytest.mark.parametrize("options", [{"mask": "soft"}, {"vote": "unweighted"}, {"rescale": "norm"}], ids=str)
+def test_stream_has_the_bits_of_the_reference_for_every_form_of_the_mask(
+    options: dict[str, Any], models: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_finely(monkeypatch, 70)  # the norm is that of a whole tensor
+    inputs, pair, weights = models["f32"], TASKS[:2], (0.75, 0.25)
+    options = options | {"mask_threshold": 0.9}
+    found, report = merged(inputs, Metis(**options), tmp_path / "out", tasks=pair, weights=weights)
+    base = read_model(inputs["base"])
+    for name in ("a.weight", "b.weight", "norm.weight", "scale"):
+        kept_P = by_reference("metis", task_vectors(inputs, pair, name), weights, **options)
+        assert torch.equal(found[name], (base[name].reshape(-1) + kept_P).reshape(SHAPES[name])), name
+    assert 0 < report.kept_share < 1
+
+
+@pytest.mark.skipif(not kernels.compiled(), reason="needs the compiled kernels")
+def test_stream_rescales_in_the_compiled_kernels_alone(
+    models: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("goes step by step")
+
+    monkeypatch.setattr(NormScan, "observe", refuse)
+    monkeypatch.setattr(reading.TaskVectorReader, "read", refuse)
+    merged(models["bf16"], OPERATORS["metis soft rescaled"], tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_stream_of_one_task_with_weight_one_gives_the_expert(
     name: str, models: dict[str, dict[str, Path]], tmp_path: Path
@@ -338,7 +368,7 @@ def test_stream_asks_a_subclass_that_merges_in_its_own_way(models: dict[str, dic
 
 
 @pytest.mark.parametrize("way", ["compiled", "step by step", "torch"])
-@pytest.mark.parametrize("operator", ["mean", "ties", "ties of the model", "iso_c"])
+@pytest.mark.parametrize("operator", ["mean", "ties", "ties of the model", "iso_c", "metis rescaled"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_stream_names_task_and_tensor_of_nan_and_leaves_nothing(
     bad: float, operator: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -364,7 +394,7 @@ def test_stream_names_task_and_tensor_of_nan_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not kernels.compiled(), reason="needs the compiled kernels")
-@pytest.mark.parametrize("operator", ["mean", "ties"])
+@pytest.mark.parametrize("operator", ["mean", "ties", "metis rescaled"])
 def test_stream_names_the_tensor_of_a_file_that_is_cut_off_meanwhile(
     operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

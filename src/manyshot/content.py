@@ -10,7 +10,7 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "tasks": {"steps_share": 1.0, "loss_scale": 1.0},
     "protocol": {"allocation": "even"},
-    "operator": {"weight_memory": 0.0},
+    "operator": {"weight_memory": 0.0, "vote": "weighted", "rescale": "none"},
     "merge": {
         "outer_optimizer": "sgd",
         "outer_beta1": 0.9,

@@ -19,9 +19,9 @@ import numpy as np
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
 from manyshot.errors import MergeError, ModelError
-from manyshot.kernels.pieces import Input, Target, merge_piece, scan_piece
+from manyshot.kernels.pieces import Input, Target, merge_piece, norm_piece, scan_piece
 from manyshot.merge_report import MergeReport, TileSums, add_up
-from manyshot.operators import MatrixOperator, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
+from manyshot.operators import MatrixOperator, NormScan, Operator, OperatorPlan, Scan, Tile, TrimScan, tile_key
 from manyshot.reading import TaskVectorReader, TileData
 from manyshot.task_vector import Scratch
 
@@ -33,6 +33,8 @@ Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 # entries of a piece that the compiled kernels take at once
 PIECE_ENTRIES = 1 << 18
+# scans that the compiled kernels can do
+COMPILED_SCANS = (NormScan, TrimScan)
 # float32 entries of task vectors kept between the passes over one tensor; a larger tensor is read again
 CACHE_ENTRIES = 1 << 25
 
@@ -171,7 +173,7 @@ class MergeStream:
         state = self.plan.for_tensor(group[0]).start_scan(self.num_tasks, sum(piece.count for piece in pieces))
         assert state is not None
         scan = _Scan(state)
-        if not state.done and isinstance(state, TrimScan):  # whose first pass fills the cache
+        if not state.done and isinstance(state, COMPILED_SCANS):  # whose first pass fills the cache
             self._open_cache(group)
         while not state.done:
             by_thread: dict[int, Counts] = {}
@@ -195,22 +197,28 @@ class MergeStream:
                     running = [total + more for total, more in zip(running, counted, strict=True)]
                 state.advance(np.array(running))
             else:
-                total, *others = by_thread.values()
-                for counts in others:
+                total = np.zeros(state.counts_shape(), np.int64)  # an empty tensor has no pieces
+                for counts in by_thread.values():
                     total += counts
                 state.advance(total)
         return scan
 
     def _observe(self, piece: Piece, scratch: Scratch, state: Scan, counts: Counts) -> None:
-        compiled = self._route(piece.name).compiled
-        if compiled is None or not isinstance(state, TrimScan):
-            state.observe(self.reader.read(piece, scratch).task_vectors_TP, counts)
+        route = self._route(piece.name)
+        given, weights_T = route.compiled, self._weights(route.operator)
+        if given is None or not isinstance(state, COMPILED_SCANS):
+            import torch
+
+            rows_TP = self.reader.read(piece, scratch).task_vectors_TP
+            state.observe(rows_TP, torch.from_numpy(weights_T), counts)
             return
-        buffer = scratch.array("compiled", compiled.scratch_floats)
+        buffer = scratch.array("compiled", given.scratch_floats)
+        place = piece.start, piece.count, buffer
         with _input_named(piece):
-            bad = scan_piece(
-                *(compiled, piece.start, piece.count, buffer), stage=state.stage, words=state.words, counts=counts
-            )
+            if isinstance(state, NormScan):
+                bad = norm_piece(given, state.operation, weights_T, *place, counts=counts)
+            else:
+                bad = scan_piece(given, *place, stage=state.stage, words=state.words, counts=counts)
         self.reader.refuse_nonfinite(piece.name, bad)
 
     # ---- merge -------------------------------------------------------------------------------------------------------
@@ -236,6 +244,8 @@ class MergeStream:
     ) -> TileSums:
         operation, trim = operator.operation(), tile.scan if isinstance(tile.scan, TrimScan) else None
         assert operation is not None
+        if isinstance(tile.scan, NormScan):
+            operation = tile.scan.rescaled(operation)
         with _input_named(piece):
             done = merge_piece(
                 *(given, operation, self._weights(operator), target, piece.start, piece.count),

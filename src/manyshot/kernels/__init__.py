@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from manyshot.kernels.elementwise import histogram_high as histogram_high
     from manyshot.kernels.elementwise import histogram_low as histogram_low
     from manyshot.kernels.elementwise import low_rank as low_rank
+    from manyshot.kernels.elementwise import square_bins as square_bins
     from manyshot.kernels.elementwise import square_sum as square_sum
     from manyshot.kernels.elementwise import subtract as subtract
     from manyshot.kernels.elementwise import tally as tally
@@ -41,6 +42,7 @@ _ON_TENSORS = (
     "histogram_high",
     "histogram_low",
     "low_rank",
+    "square_bins",
     "square_sum",
     "subtract",
     "tally",

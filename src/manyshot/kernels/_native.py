@@ -19,9 +19,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "add_to": (INT32, (INT32, POINTER, POINTER, POINTER, INT64)),
     "low_rank": (None, (POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, FLOAT, INT64, INT64, POINTER)),
     "scan_piece": (INT32, (POINTER, INT64, INT64, INT32, POINTER, POINTER, POINTER)),
+    "norm_piece": (INT32, (POINTER, POINTER, INT64, INT64, POINTER, POINTER)),
     "merge_piece": (INT32, (POINTER, POINTER, POINTER, INT64, INT64)),
     "weighted_sum": (None, (*ROWS, POINTER, FLOAT, POINTER, INT64)),
-    "consensus": (None, (*ROWS, POINTER, FLOAT, INT32, FLOAT, POINTER, INT64)),
+    "consensus": (None, (*ROWS, POINTER, FLOAT, INT32, INT32, FLOAT, POINTER, INT64)),
     "elect_and_average": (None, (*ROWS, POINTER, FLOAT, POINTER, INT64)),
     "drop": (None, (*ROWS, POINTER, INT64, UINT64, FLOAT, POINTER, INT64)),
     "histogram_high": (None, (*ROWS, INT64, POINTER)),
@@ -30,6 +31,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "trim": (None, (*ROWS, INT64, POINTER, POINTER, POINTER)),
     "tally": (None, (*ROWS, POINTER, INT64, INT32, POINTER, POINTER)),
     "square_sum": (ctypes.c_double, (POINTER, INT64)),
+    "square_bins": (None, (POINTER, INT64, POINTER)),
 }
 
 
@@ -56,7 +58,7 @@ class Steps(ctypes.Structure):
     """An operator as steps; `operation` in tiles.c."""
 
     _fields_ = (
-        *(("prepare", INT32), ("combine", INT32), ("agreement", INT32)),
+        *(("prepare", INT32), ("combine", INT32), ("agreement", INT32), ("how", INT32)),
         *(("scaling", FLOAT), ("threshold", FLOAT), ("density", FLOAT)),
         *(("weights", POINTER), ("keys", POINTER), ("limit", UINT64), ("thresholds", POINTER), ("allowed", POINTER)),
     )
@@ -92,5 +94,12 @@ def _load() -> ctypes.CDLL | None:
 
 LIBRARY = _load()
 STORED = {"BF16": 1, "F32": 2}  # the stored types that the kernels read and write, as kernels.h has them
+
+
+def how_agreed(*, unweighted: bool, soft: bool) -> int:
+    """How a consensus is reached, as kernels.h has it."""
+    return unweighted | soft << 1
+
+
 # these run thousands of times a second: names are looked up once
 CALL: dict[str, Callable[..., Any]] = {name: getattr(LIBRARY, name) for name in SIGNATURES if LIBRARY is not None}

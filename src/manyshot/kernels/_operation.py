@@ -18,8 +18,9 @@ class Operation:
     """`prepare` each task vector, then `combine` them.
 
     prepare: `drop` draws entries with probability `density` and divides by `rescale`; `trim` keeps each task's largest.
-    combine: `sum` is scaling · Σ w v; `consensus` keeps of it what `agreement` tasks vote for at `threshold`; `elect`
-    averages what has the elected sign.
+    combine: `sum` is scaling · Σ w v; `consensus` keeps of it what `agreement` tasks vote for at `threshold`, voting on
+    w v, or on v where they vote `unweighted`, and where it is `soft` the share votes / agreement of what fewer vote
+    for; `elect` averages what has the elected sign.
     """
 
     combine: Literal["sum", "consensus", "elect"]
@@ -29,3 +30,5 @@ class Operation:
     rescale: float = 1.0
     threshold: float = 0.0
     agreement: int = 1
+    unweighted: bool = False
+    soft: bool = False

@@ -52,13 +52,27 @@ def _total(task_vectors_TP: torch.Tensor, weights_T: torch.Tensor) -> torch.Tens
 
 
 def consensus(
-    task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, threshold: float, min_agreement: int, scaling: float
+    task_vectors_TP: torch.Tensor,
+    weights_T: torch.Tensor,
+    threshold: float,
+    min_agreement: int,
+    scaling: float,
+    *,
+    unweighted: bool,
+    soft: bool,
 ) -> torch.Tensor:
     total_P = _total(task_vectors_TP, weights_T)
     votes_P = torch.zeros_like(total_P, dtype=torch.int32)
-    for vector_P, weight in zip(task_vectors_TP, weights_T, strict=True):
-        own_P = vector_P * weight
-        votes_P += own_P.abs() >= (total_P - own_P).abs() * threshold
+    voices_T = torch.ones_like(weights_T) if unweighted else weights_T
+    voted_P = _total(task_vectors_TP, voices_T) if unweighted else total_P
+    for vector_P, voice in zip(task_vectors_TP, voices_T, strict=True):
+        own_P = vector_P * voice
+        votes_P += own_P.abs() >= (voted_P - own_P).abs() * threshold
+    if soft:
+        # a divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds differently
+        return (
+            total_P * (votes_P.clamp(max=min_agreement).float() / votes_P.new_tensor(min_agreement).float()) * scaling
+        )
     return torch.where(votes_P >= min_agreement, total_P, 0.0) * scaling
 
 
@@ -148,3 +162,13 @@ def tally(task_vectors_TP: torch.Tensor, kept_P: torch.Tensor, *, pairs: bool) -
 
 def square_sum(vector_P: torch.Tensor) -> float:
     return float(vector_P.double().square().sum())
+
+
+def square_bins(vector_P: torch.Tensor, counts_EH: torch.Tensor) -> None:
+    magnitudes_P = _magnitudes(vector_P).long()
+    exponents_P = magnitudes_P >> 23
+    mantissas_P = (magnitudes_P & 0x7FFFFF) | ((exponents_P > 0).long() << 23)
+    squares_P = mantissas_P.square()
+    for half, part_P in enumerate((squares_P & 0xFFFFFF, squares_P >> 24)):
+        binned_E = torch.zeros(counts_EH.shape[0], dtype=torch.long, device=vector_P.device)
+        counts_EH[:, half] += binned_E.index_add_(0, exponents_P, part_P).cpu()

@@ -85,17 +85,29 @@ def weighted_sum(task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, scaling
 
 
 def consensus(
-    task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, threshold: float, min_agreement: int, scaling: float
+    task_vectors_TP: torch.Tensor,
+    weights_T: torch.Tensor,
+    threshold: float,
+    min_agreement: int,
+    scaling: float,
+    *,
+    unweighted: bool = False,
+    soft: bool = False,
 ) -> torch.Tensor:
     """scaling · V_i where Σ_τ 1[|w_τ v_τ,i| ≥ threshold · |V_i − w_τ v_τ,i|] ≥ min_agreement, else 0; V = Σ_τ w_τ v_τ.
 
     A task votes for a coordinate that the rest does not dominate; the coordinate stays when enough tasks vote for it.
+    `unweighted`: the votes are 1[|v_τ,i| ≥ threshold · |S_i − v_τ,i|], S = Σ_τ v_τ. `soft`: of scaling · V_i stays the
+    share min(votes, min_agreement) / min_agreement.
     """
     if not _readable(task_vectors_TP, weights_T):
-        return _torch.consensus(task_vectors_TP, weights_T, threshold, min_agreement, scaling)
+        return _torch.consensus(
+            task_vectors_TP, weights_T, threshold, min_agreement, scaling, unweighted=unweighted, soft=soft
+        )
     out_P = torch.empty_like(task_vectors_TP[0])
+    how = _native.how_agreed(unweighted=unweighted, soft=soft)
     _native.CALL["consensus"](
-        *(*_rows(task_vectors_TP), weights_T.data_ptr(), threshold, min_agreement, scaling),
+        *(*_rows(task_vectors_TP), weights_T.data_ptr(), threshold, min_agreement, how, scaling),
         *(out_P.data_ptr(), out_P.numel()),
     )
     return out_P
@@ -189,6 +201,17 @@ def square_sum(vector_P: torch.Tensor) -> float:
     return _torch.square_sum(vector_P)
 
 
+def square_bins(vector_P: torch.Tensor, counts_EH: torch.Tensor) -> None:
+    """Add Σ v² to counts (256 exponents, 2 halves; int64), exactly, so that neither order nor cuts matter.
+
+    Under an entry's exponent: the low 24 bits of its squared mantissa, and the others. NaN and Inf fall under 255.
+    """
+    if _usable(vector_P) and vector_P.dtype == torch.float32 and vector_P.is_contiguous():
+        _native.CALL["square_bins"](vector_P.data_ptr(), vector_P.numel(), counts_EH.data_ptr())
+    else:
+        _torch.square_bins(vector_P, counts_EH)
+
+
 def apply(
     operation: Operation,
     task_vectors_TP: torch.Tensor,
@@ -206,7 +229,11 @@ def apply(
     elif operation.prepare == "trim":
         rows_TP = trim(rows_TP, thresholds, allowed)
     if operation.combine == "consensus":
-        return consensus(rows_TP, weights_T, operation.threshold, operation.agreement, operation.scaling)
+        return consensus(
+            *(rows_TP, weights_T, operation.threshold, operation.agreement, operation.scaling),
+            unweighted=operation.unweighted,
+            soft=operation.soft,
+        )
     if operation.combine == "elect":
         return elect_and_average(rows_TP, weights_T, operation.scaling)
     return weighted_sum(rows_TP, weights_T, operation.scaling)

@@ -2,26 +2,14 @@
  *
  * Every function has a twin in _torch.py that gives the same bits: one rounding per operation, in the order written
  * (compiled with -ffp-contract=off, never with -ffast-math), so results do not depend on which of the two ran, nor on
- * the vector width of the machine. Exceptions are sums for reports (tally), which are float64 and say so.
+ * the vector width of the machine. Exceptions are sums for reports (sums.c), which are float64 and say so.
  *
  * Shapes: T tasks, P entries of a tile; rows (T, P) are contiguous with `stride` floats between tasks.
  */
 #include "kernels.h"
 
 #include <math.h>
-#include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDE __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-#else
-#define WIDE
-#endif
-
-enum { BLOCK = 512 };            /* entries handled at once: temporaries of a block stay in the first-level cache */
-#define EXPONENT 0x7f800000u     /* all ones: Inf or NaN */
-#define MAGNITUDE 0x7fffffffu    /* everything but the sign */
-
-static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
 /* ---- stored types in and out ------------------------------------------------------------------------------------ */
@@ -168,12 +156,14 @@ EXPORT WIDE void weighted_sum(const float *restrict v, int64_t tasks, int64_t st
 }
 
 /* out = scaling * V where at least `agreement` tasks have |w_t| >= threshold * |V - w_t|, else 0;
- * w_t = weight_t v_t, V = sum_t w_t */
+ * w_t = weight_t v_t, V = sum_t w_t. UNWEIGHTED: |v_t| >= threshold * |S - v_t|, S = sum_t v_t; V stays. SOFT: of V stays
+ * the share votes / agreement, all of it at most. */
 EXPORT WIDE void consensus(const float *restrict v, int64_t tasks, int64_t stride, const float *restrict weights,
-                           float threshold, int32_t agreement, float scaling, float *restrict out, int64_t n) {
+                           float threshold, int32_t agreement, int32_t how, float scaling, float *restrict out,
+                           int64_t n) {
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
         int64_t m = least(BLOCK, n - begin);
-        float total[BLOCK];
+        float total[BLOCK], plain[BLOCK];
         int32_t votes[BLOCK];
         for (int64_t i = 0; i < m; i++) total[i] = weights[0] * v[begin + i];
         for (int64_t t = 1; t < tasks; t++) {
@@ -181,18 +171,33 @@ EXPORT WIDE void consensus(const float *restrict v, int64_t tasks, int64_t strid
             float weight = weights[t];
             for (int64_t i = 0; i < m; i++) total[i] += weight * row[i];
         }
+        if (how & UNWEIGHTED) {
+            for (int64_t i = 0; i < m; i++) plain[i] = v[begin + i];
+            for (int64_t t = 1; t < tasks; t++) {
+                const float *restrict row = v + t * stride + begin;
+                for (int64_t i = 0; i < m; i++) plain[i] += row[i];
+            }
+        }
+        const float *voted = how & UNWEIGHTED ? plain : total;
         for (int64_t i = 0; i < m; i++) votes[i] = 0;
         for (int64_t t = 0; t < tasks; t++) {
             const float *restrict row = v + t * stride + begin;
-            float weight = weights[t];
+            float weight = how & UNWEIGHTED ? 1.0f : weights[t];
             for (int64_t i = 0; i < m; i++) {
                 float own = weight * row[i];
-                votes[i] += fabsf(own) >= threshold * fabsf(total[i] - own) ? 1 : 0;
+                votes[i] += fabsf(own) >= threshold * fabsf(voted[i] - own) ? 1 : 0;
             }
         }
-        for (int64_t i = 0; i < m; i++) {
-            float kept = votes[i] >= agreement ? total[i] : 0.0f;
-            out[begin + i] = kept * scaling;
+        if (how & SOFT) {
+            for (int64_t i = 0; i < m; i++) {
+                int32_t most = votes[i] < agreement ? votes[i] : agreement;
+                out[begin + i] = total[i] * ((float)most / (float)agreement) * scaling;
+            }
+        } else {
+            for (int64_t i = 0; i < m; i++) {
+                float kept = votes[i] >= agreement ? total[i] : 0.0f;
+                out[begin + i] = kept * scaling;
+            }
         }
     }
 }
@@ -362,47 +367,4 @@ EXPORT WIDE void trim(const float *restrict v, int64_t tasks, int64_t stride, in
                       const uint32_t *restrict thresholds, int64_t *restrict allowed, float *restrict out) {
     for (int64_t t = 0; t < tasks; t++)
         allowed[t] = trim_row(v + t * stride, n, thresholds[t], allowed[t], out + t * n);
-}
-
-/* ---- sums for reports: float32 within a block, float64 over blocks ----------------------------------------------- */
-
-enum { LANES = 32 };
-
-static inline double dot(const float *restrict a, const float *restrict b, int64_t n) {
-    float lanes[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
-    double sum = 0;
-    for (; i < n; i++) sum += (double)a[i] * (double)b[i];
-    for (int l = 0; l < LANES; l++) sum += (double)lanes[l];
-    return sum;
-}
-
-/* counts += [entries that some task changed, entries of `kept` that are not 0]; gram (T, T) += the squares of the tasks'
- * vectors on its diagonal and, with `pairs`, their inner products below it */
-EXPORT WIDE void tally(const float *restrict v, int64_t tasks, int64_t stride, const float *restrict kept, int64_t n,
-                       int32_t pairs, int64_t *restrict counts, double *restrict gram) {
-    for (int64_t begin = 0; begin < n; begin += BLOCK) {
-        int64_t m = least(BLOCK, n - begin);
-        uint32_t changed[BLOCK], some = 0, nonzero = 0;
-        for (int64_t i = 0; i < m; i++) changed[i] = 0;
-        for (int64_t t = 0; t < tasks; t++) {
-            const float *restrict row = v + t * stride + begin;
-            for (int64_t i = 0; i < m; i++) changed[i] |= bits_of(row[i]) & MAGNITUDE;
-        }
-        for (int64_t i = 0; i < m; i++) some += (uint32_t)(changed[i] != 0);
-        for (int64_t i = 0; i < m; i++) nonzero += (uint32_t)((bits_of(kept[begin + i]) & MAGNITUDE) != 0);
-        counts[0] += some;
-        counts[1] += nonzero;
-        for (int64_t s = 0; s < tasks; s++)
-            for (int64_t t = pairs ? 0 : s; t <= s; t++)
-                gram[s * tasks + t] += dot(v + s * stride + begin, v + t * stride + begin, m);
-    }
-}
-
-EXPORT WIDE double square_sum(const float *restrict v, int64_t n) {
-    double sum = 0;
-    for (int64_t begin = 0; begin < n; begin += BLOCK) sum += dot(v + begin, v + begin, least(BLOCK, n - begin));
-    return sum;
 }

@@ -131,6 +131,57 @@ def scan_piece(
     return bad[:]
 
 
+def norm_piece(
+    given: Input,
+    operation: Operation,
+    weights_T: Floats,
+    start: int,
+    count: int,
+    scratch: Floats,
+    *,
+    counts: np.ndarray[Any, Any],
+) -> list[int]:
+    """Add to `counts` (2, 256, 2) the exact squares, over a piece, of Σ w v and of what an operation makes of it.
+
+    The operation prepares nothing. Returns what is bad in base and tasks. Raises OSError.
+    """
+    reader, _array = given._reader(scratch, cached=False)
+    steps, _owners = _steps(operation, weights_T)
+    bad = (ctypes.c_int64 * (given.num_tasks + 1))()
+    pointers = ctypes.byref(reader), ctypes.byref(steps)
+    _check(_native.CALL["norm_piece"](*pointers, start, count, counts.ctypes.data, bad))
+    return bad[:]
+
+
+def _steps(
+    operation: Operation,
+    weights_T: Floats,
+    keys: Sequence[int] = (),
+    thresholds: Sequence[int] = (),
+    allowed: Sequence[int] = (),
+) -> tuple[Steps, object]:
+    """An operation as the compiled kernels take it, and what must live as long."""
+    tasks = len(weights_T)
+    packed_keys = (ctypes.c_uint64 * tasks)(*keys)
+    packed_thresholds = (ctypes.c_uint32 * tasks)(*thresholds)
+    packed_allowed = (ctypes.c_int64 * tasks)(*allowed)
+    steps = Steps(
+        prepare=PREPARE[operation.prepare],
+        combine=COMBINE[operation.combine],
+        agreement=operation.agreement,
+        how=_native.how_agreed(unweighted=operation.unweighted, soft=operation.soft),
+        scaling=operation.scaling,
+        threshold=operation.threshold,
+        density=operation.rescale,
+        weights=weights_T.ctypes.data,
+        keys=ctypes.addressof(packed_keys),
+        limit=draw_limit(operation.density),
+        thresholds=ctypes.addressof(packed_thresholds),
+        allowed=ctypes.addressof(packed_allowed),
+    )
+    return steps, (weights_T, packed_keys, packed_thresholds, packed_allowed)
+
+
 def merge_piece(
     given: Input,
     operation: Operation,
@@ -148,22 +199,7 @@ def merge_piece(
     """Merge a piece and write it. Raises OSError."""
     tasks = given.num_tasks
     reader, _array = given._reader(scratch, cached=given.cache is not None)
-    packed_keys = (ctypes.c_uint64 * tasks)(*keys)
-    packed_thresholds = (ctypes.c_uint32 * tasks)(*thresholds)
-    packed_allowed = (ctypes.c_int64 * tasks)(*allowed)
-    steps = Steps(
-        prepare=PREPARE[operation.prepare],
-        combine=COMBINE[operation.combine],
-        agreement=operation.agreement,
-        scaling=operation.scaling,
-        threshold=operation.threshold,
-        density=operation.rescale,
-        weights=weights_T.ctypes.data,
-        keys=ctypes.addressof(packed_keys),
-        limit=draw_limit(operation.density),
-        thresholds=ctypes.addressof(packed_thresholds),
-        allowed=ctypes.addressof(packed_allowed),
-    )
+    steps, _owners = _steps(operation, weights_T, keys, thresholds, allowed)
     counts, sums = (ctypes.c_int64 * (tasks + 4))(), (ctypes.c_double * (tasks**2 + 2))()
     output = Output(
         **{"mode": target.mode, "type": STORED[target.kind], "file": target.file, "begin": target.begin},

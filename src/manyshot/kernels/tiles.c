@@ -38,7 +38,7 @@ typedef struct {
 enum { PLAIN = 0, DROP = 1, TRIM = 2 };
 enum { SUM = 0, CONSENSUS = 1, ELECT = 2 };
 typedef struct {
-    int32_t prepare, combine, agreement;
+    int32_t prepare, combine, agreement, how; /* `how` of a consensus */
     float scaling, threshold, density;
     const float *weights;
     const uint64_t *keys;
@@ -168,7 +168,24 @@ static void apply(const reader *in, const operation *op, tile *one, int64_t posi
     if (op->combine == SUM) weighted_sum(rows, in->tasks, stride, op->weights, op->scaling, one->kept, n);
     if (op->combine == ELECT) elect_and_average(rows, in->tasks, stride, op->weights, op->scaling, one->kept, n);
     if (op->combine == CONSENSUS)
-        consensus(rows, in->tasks, stride, op->weights, op->threshold, op->agreement, op->scaling, one->kept, n);
+        consensus(rows, in->tasks, stride, op->weights, op->threshold, op->agreement, op->how, op->scaling, one->kept,
+                  n);
+}
+
+/* counts (2, EXPONENTS, 2) += the exact squares of the weighted sum, and of what the operation makes of it, in entries
+ * start … start + n. Only for an operation that prepares nothing. Returns 0 or an errno. */
+EXPORT int norm_piece(const reader *in, const operation *op, int64_t start, int64_t n, int64_t *counts, int64_t *bad) {
+    for (int64_t done = 0; done < n; done += in->step) {
+        int64_t m = least(in->step, n - done);
+        tile one;
+        int error = read_tile(in, start + done, m, 1, &one, bad);
+        if (error) return error;
+        weighted_sum(one.rows, in->tasks, one.stride, op->weights, 1.0f, one.kept, m);
+        square_bins(one.kept, m, counts);
+        apply(in, op, &one, start + done, m, 0);
+        square_bins(one.kept, m, counts + 2 * EXPONENTS);
+    }
+    return 0;
 }
 
 /* Merge entries start … start + n of one tensor and write them. Returns 0 or an errno. */

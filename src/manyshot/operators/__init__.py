@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from manyshot.operators._base import MatrixOperator, Operator, Scan, Tile, merge_whole, tile_key
+from manyshot.operators._norm import NormScan
 from manyshot.operators._plan import OperatorPlan
 from manyshot.operators._trim import TrimScan
 from manyshot.operators.consensus_ta import ConsensusTA
@@ -63,6 +64,7 @@ __all__ = [
     "MatrixOperator",
     "Mean",
     "Metis",
+    "NormScan",
     "Operator",
     "OperatorPlan",
     "Scan",

@@ -60,7 +60,7 @@ class Scan(Protocol):
     def counts_shape(self) -> tuple[int, ...]:
         """Shape of the counts (int64) of the pass that is due."""
 
-    def observe(self, task_vectors_TP: torch.Tensor, counts: Counts) -> None:
+    def observe(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, counts: Counts) -> None:
         """Add one tile's counts, in place."""
 
     def advance(self, counts: Counts) -> None:
@@ -212,6 +212,6 @@ def merge_whole(
     scan = operator.start_scan(*task_vectors_TP.shape)
     while scan is not None and not scan.done:
         counts = np.zeros(scan.counts_shape(), np.int64)
-        scan.observe(task_vectors_TP, counts)
+        scan.observe(task_vectors_TP, weights_T, counts)
         scan.advance(counts)
     return operator.merge(task_vectors_TP, weights_T, replace(tile, scan=scan, preceding=(0,) * len(weights_T)))

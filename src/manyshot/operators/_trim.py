@@ -57,7 +57,7 @@ class TrimScan:
         """Entries equal to each task's threshold that may still stay, after `preceding` of them."""
         return [left - before for left, before in zip(self.left, preceding, strict=True)]
 
-    def observe(self, task_vectors_TP: torch.Tensor, counts: Counts) -> None:
+    def observe(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, counts: Counts) -> None:
         import torch
 
         counted = torch.as_tensor(counts)  # the same memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from manyshot import kernels
 from manyshot.operators._base import (
@@ -14,8 +14,13 @@ from manyshot.operators._base import (
     PerRound,
     Positive,
     ThresholdPerRound,
+    Tile,
     one,
 )
+from manyshot.operators._norm import NormScan
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,9 @@ class Metis(Operator):
     loss, the start's), or weighs all tasks alike with `none` (the ablation without loss-gap weights);
     `temperature: auto` chooses λ so that exp(H(α)) is `effective_tasks` (three quarters of the tasks when not given);
     `weight_memory` μ keeps some of the round before's weights, log α_r = μ log α_{r−1} + G/λ up to a constant;
-    `mask: false` merges V itself.
+    `mask: false` merges V itself, `mask: soft` keeps min(Σ_τ m_τ, k)/k of a coordinate;
+    `vote: unweighted` has tasks vote on v_τ, m_τ = 1[|v_τ| ≥ δ|Σ v − v_τ|], whatever their weights;
+    `rescale: norm` gives each tensor the norm that β V has.
     """
 
     name: Literal["metis"] = "metis"
@@ -37,9 +44,11 @@ class Metis(Operator):
     gap: Literal["absolute", "relative", "over_expert", "over_start", "none"] = "absolute"
     effective_tasks: Positive | None = None
     weight_memory: MemoryPerRound = 0.0
-    mask: bool = True
+    mask: bool | Literal["soft"] = True
+    vote: Literal["weighted", "unweighted"] = "weighted"
     mask_threshold: ThresholdPerRound = 0.3
     min_agreement: CountPerRound = 2
+    rescale: Literal["none", "norm"] = "none"
     scaling: PerRound | Literal["auto"] = 1.0
 
     uses_loss_gaps: ClassVar[bool] = True
@@ -48,8 +57,25 @@ class Metis(Operator):
         if not self.mask:
             return kernels.Operation("sum", one(self.scaling))
         return kernels.Operation(
-            "consensus", one(self.scaling), threshold=one(self.mask_threshold), agreement=one(self.min_agreement)
+            "consensus",
+            one(self.scaling),
+            threshold=one(self.mask_threshold),
+            agreement=one(self.min_agreement),
+            unweighted=self.vote == "unweighted",
+            soft=self.mask == "soft",
         )
+
+    def start_scan(self, num_tasks: int, num_entries: int) -> NormScan | None:
+        return NormScan(self.operation()) if self.mask and self.rescale == "norm" else None
+
+    def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """(T, P) float32 task vectors and (T,) weights -> (P,) float32; `tile.scan` holds by how much to rescale."""
+        operation = self.operation()
+        if self.mask and self.rescale == "norm":
+            if not isinstance(tile.scan, NormScan):
+                raise TypeError("METIS with rescale needs its scan before it merges; merge_whole() does both")
+            operation = tile.scan.rescaled(operation)
+        return kernels.apply(operation, task_vectors_TP, weights_T)
 
     def warnings(self, num_tasks: int) -> list[str]:
         return consensus_warnings(self.name, self.mask_threshold, num_tasks) if self.mask else []
@@ -74,8 +100,8 @@ def consensus_warnings(name: str, mask_threshold: ThresholdPerRound, num_tasks: 
         return []
     return [
         f"mask_threshold: {smallest:g} is above 1/(T − 1) = {1 / (num_tasks - 1):.3g} for {num_tasks} tasks, so {name} "
-        "drops a coordinate on which all tasks agree alike, and with it what earlier rounds put there; lower it, or "
-        "use merge.reference: start"
+        "drops a coordinate on which all tasks agree alike and, unless merge.reference is start, with it what earlier "
+        "rounds put there; lower it"
     ]
 
 
