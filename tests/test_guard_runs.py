@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import TASKS
+from manyshot.cli_view import show_status
 from manyshot.errors import MergeError
 from manyshot.guards import describe
 from manyshot.progress import Event
@@ -87,7 +88,9 @@ def test_guards_find_a_sum_that_diverges_in_its_second_round(four: Runs) -> None
     assert [finding["round"] for finding in run_status(result.folder)["findings"]] == [2, 3]
 
 
-def test_guards_say_that_weights_collapse_before_the_merge_that_fails_of_it(runs: Runs) -> None:
+def test_guards_say_that_weights_collapse_before_the_merge_that_fails_of_it(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, events = runs.new_folder(), list[Event]()
     folder.mkdir()
     with pytest.raises(MergeError, match="keeps no coordinate"):
@@ -97,6 +100,8 @@ def test_guards_say_that_weights_collapse_before_the_merge_that_fails_of_it(runs
     (told,) = [event for event in events if event.values.get("kind") == "weights_collapse"]
     assert told.text == describe(finding)
     json.dumps(told.to_json())  # what --json prints
+    show_status(run_status(folder))
+    assert "round 1: warning: 'words' has 1.000 of the weight" in capsys.readouterr().out
 
 
 def test_guards_say_that_a_mask_keeps_next_to_nothing(runs: Runs) -> None:
