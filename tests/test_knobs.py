@@ -209,6 +209,39 @@ def test_knobs_temperature_auto_aims_at_the_effective_tasks(runs: Runs) -> None:
     assert resume_bytes(runs, AUTO, "round_002/loss_gap.json", "round_002/merge.json", "round_002/DONE.json") == []
 
 
+MASKED = (
+    *("operator.gap=over_start", "operator.temperature=0.05", "operator.weight_memory=0.5"),
+    *("operator.mask=soft", "operator.vote=unweighted", "operator.rescale=norm", "operator.mask_threshold=0.8"),
+)
+
+
+def test_knobs_memory_and_soft_rescaled_masks_go_through_a_run_and_its_resume(runs: Runs) -> None:
+    result, remembered = runs.get(*MASKED), dict.fromkeys(PAIR, 0.5)
+    for r in (1, 2):
+        record = gaps_of(result, r)
+        shares = {task: record["loss_gaps"][task] / record["start_losses"][task]["loss"] for task in PAIR}
+        assert record["relative_gaps"] == pytest.approx(list(shares.values()), rel=1e-12)
+        raised = {task: weight * remembered[task] ** 0.5 for task, weight in softmax(shares, 0.05).items()}
+        expected = {task: value / sum(raised.values()) for task, value in raised.items()}
+        assert record["weights"] == pytest.approx(expected, rel=1e-9)
+        remembered = record["weights"]
+        before, weights_T = (task_vector(result, r - 1) if r > 1 else {}), torch.tensor(list(remembered.values()))
+        merged = {
+            name: merge_tensor(
+                runs.recipe(*MASKED).method, name, vectors + before.get(name, torch.zeros(())), weights_T, r
+            )
+            for name, vectors in updates(result, r).items()
+        }
+        assert share_off(task_vector(result, r), merged, atol=1e-5) <= 0.01, r
+    lost = (
+        "round_002/loss_gap.json",
+        "round_002/merge.json",
+        "round_002/task_vector.safetensors",
+        "round_002/DONE.json",
+    )
+    assert resume_bytes(runs, MASKED, *lost) == []
+
+
 def test_knobs_temperature_auto_aims_at_three_quarters_of_the_tasks_unless_told(runs: Runs) -> None:
     result = runs.get("operator.temperature=auto", "operator.mask=false", "protocol.rounds=1")
     assert gaps_of(result, 1)["effective_tasks"] == pytest.approx(0.75 * 2, abs=1e-6)

@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "optimizer_state": {"tensor_writer", "tensors"},
     "start_adapters": {"recipe", "rundir", "training_spec"},
     "recipe": {"operators", "task_spec", "training_spec"},
-    "merge_recipe": {"operators", "recipe"},
+    "merge_recipe": {"gap_weights", "operators", "recipe"},
     "mergekit_yaml": {"errors"},
     "tune_space": set(),
     "tune_recipe": {"errors", "recipe", "task_spec", "tune_space"},

@@ -103,6 +103,12 @@ def test_merge_recipe_metis_needs_gaps_only_without_weights() -> None:
     experts = {name: {"path": f"some/{name}", "validation": f"some/{name}"} for name in ("a", "b")}
     assert merge_recipe_from_mapping({"base": "some/base", "experts": experts, "operator": "metis"}).needs_gaps
     assert not build(1, 3, operator="metis").needs_gaps
+    alike = merge_recipe_from_mapping(
+        {"base": "some/base", "experts": {"a": {"path": "some/a"}, "b": {"path": "some/b"}}}
+        | {"operator": {"name": "metis", "gap": "none"}}
+    )
+    assert not alike.needs_gaps
+    assert alike.given_weights() == [0.5, 0.5]
     assert build(1, 3, operator="metis").given_weights() == [0.25, 0.75]
 
 

@@ -57,7 +57,7 @@ def looser_mask(recipe: Recipe, num_tasks: int, *, collapsed: bool) -> Suggestio
     if (threshold := _largest(method, "mask_threshold")) is not None:
         # above 1/(T − 1) even what all tasks agree on alike is dropped
         found.append(f"operator.mask_threshold={_floor(min(threshold / 2, 1 / max(1, num_tasks - 1)))}")
-    if getattr(method, "mask", False) is True:
+    if getattr(method, "mask", False) in (True, "soft"):
         found.append("operator.mask=false")
     if (density := _largest(method, "density")) is not None:
         found.append(f"operator.density={min(1.0, 10 * density):g}")
@@ -73,7 +73,7 @@ def longer_step(recipe: Recipe, num_tasks: int) -> Suggestions:
     harmless = 1 / num_tasks if method.sums else 1.0
     if (scaling := _largest(method, "scaling")) is not None and scaling < harmless:
         found.append(f"operator.scaling={_floor(harmless)}")
-    if getattr(method, "mask", False) is True:
+    if getattr(method, "mask", False) in (True, "soft"):
         found.append("operator.mask=false")
     if not found and _can_search(recipe):
         found.append(SEARCH)
@@ -94,7 +94,7 @@ def shorter_step(recipe: Recipe, num_tasks: int, round_index: int) -> Suggestion
     elif method.growth(num_tasks) > 1 + 1e-9:
         found.append(f"operator.scaling={_floor(1 / num_tasks if method.sums else 1.0)}")
         found += ["merge.reference=start"] if may_refer else []
-    elif getattr(method, "mask", False) is True:
+    elif getattr(method, "mask", False) in (True, "soft"):
         found.append("operator.mask=false")
     elif may_refer and _largest(method, "mask_threshold") is not None:
         found.append("merge.reference=start")  # a mask on what earlier rounds merged takes some of it away again

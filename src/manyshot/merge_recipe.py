@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from manyshot.gap_weights import needs_gaps
 from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
 from manyshot.recipe import TASK_NAME, OperatorChoice, Problems, Section, make_plan, override_problems, refuse_together
 
@@ -70,7 +71,7 @@ class MergeRecipe(Section):
     @property
     def needs_gaps(self) -> bool:
         """Whether the weights have to be made from loss gaps."""
-        return self.method.uses_loss_gaps and all(expert.weight is None for expert in self.experts.values())
+        return needs_gaps(self.method) and all(expert.weight is None for expert in self.experts.values())
 
     def given_weights(self) -> list[float]:
         """The experts' weights where no loss gap is needed: those given, or equal ones; shares sum to 1."""
