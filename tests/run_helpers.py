@@ -131,13 +131,15 @@ def phases(folder: Path, phase: str) -> list[tuple[int, str]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run by name, links as what they point at; times and the command line are left out."""
+    """Every file of a run by name, links as what they point at; times, the command line and the report that tells of
+    them are left out.
+    """
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if file.is_symlink():
             found[name] = str(file.readlink()).encode()
-        elif file.is_file() and name != "metrics.jsonl":
+        elif file.is_file() and name not in ("metrics.jsonl", "report.html", "report.md", "report.json"):
             found[name] = file.read_bytes()
     if "environment.json" in found:
         with contextlib.suppress(ValueError):  # a damaged one is compared as it is

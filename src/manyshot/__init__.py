@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manyshot.api import compare as compare
     from manyshot.api import merge as merge
+    from manyshot.api import report as report
     from manyshot.api import run as run
     from manyshot.api import tune as tune
     from manyshot.compare_recipe import CompareRecipe as CompareRecipe
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from manyshot.operators import merge_whole as merge_whole
     from manyshot.recipe import Recipe as Recipe
     from manyshot.recipe_file import load_recipe as load_recipe
+    from manyshot.report_command import ReportResult as ReportResult
     from manyshot.runner import RunResult as RunResult
     from manyshot.tune_recipe import TuneRecipe as TuneRecipe
     from manyshot.tuning import TuneResult as TuneResult
@@ -45,6 +47,8 @@ _PUBLIC = {
     "run": "manyshot.api",
     "merge": "manyshot.api",
     "compare": "manyshot.api",
+    "report": "manyshot.api",
+    "ReportResult": "manyshot.report_command",
     "tune": "manyshot.api",
     "evaluate_model": "manyshot.eval_command",
     "EvalResult": "manyshot.eval_command",
@@ -89,6 +93,7 @@ __all__ = [
     "Metis",
     "Operator",
     "Recipe",
+    "ReportResult",
     "RunResult",
     "TaskArithmetic",
     "Ties",
@@ -102,6 +107,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "merge_whole",
+    "report",
     "run",
     "tune",
 ]

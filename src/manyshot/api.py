@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from manyshot.comparison import CompareResult
     from manyshot.merge_command import MergeResult
     from manyshot.progress import Listener
+    from manyshot.report_command import ReportResult
     from manyshot.runner import RunResult
     from manyshot.tuning import TuneResult
 
@@ -129,3 +130,15 @@ def tune(
     elif not isinstance(recipe, TuneRecipe):
         recipe = tune_recipe_from_mapping(recipe)
     return tune_recipe(recipe, Path(output), resume=resume, force=force, listener=listener, command="manyshot.tune(…)")
+
+
+def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> ReportResult:
+    """Write report.html, report.md and report.json of a run, of several side by side, or of a comparison's folder.
+
+    They go into the run's own folder, or into `output`; several runs need one. What is missing or damaged is named in
+    the report. Raises manyshot.ManyshotError where a folder holds neither a run nor a comparison.
+    """
+    from manyshot.report_command import write_report
+
+    paths = [runs] if isinstance(runs, str | Path) else runs
+    return write_report([Path(path) for path in paths], Path(output) if output is not None else None)

@@ -12,6 +12,7 @@ from manyshot.cli_compare import compare
 from manyshot.cli_eval import evaluate
 from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
+from manyshot.cli_report import report
 from manyshot.cli_runs import serve, status
 from manyshot.cli_tune import tune
 
@@ -142,5 +143,6 @@ app.command()(tune)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
+app.command()(report)
 app.command()(status)
 app.command()(serve)

@@ -7,6 +7,7 @@ watched from elsewhere, and one that died be told from one that takes its time.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,16 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has ever held, in bytes; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 class TimedPhase:
@@ -88,7 +99,7 @@ class Progress:
         started = time.perf_counter()
         yield TimedPhase(self, event)
         seconds = time.perf_counter() - started
-        self.record("phase", **place, seconds=round(seconds, 4), **values)
+        self.record("phase", **place, seconds=round(seconds, 4), memory=peak_memory(), **values)
         self.listener(Event("end", phase, round_index, task, total or 0, total, values={"seconds": seconds} | values))
 
     def message(self, text: str, **values: Any) -> None:

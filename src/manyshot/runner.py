@@ -16,7 +16,7 @@ import yaml
 
 from manyshot.check_merged import check_merged
 from manyshot.disk import disk_errors
-from manyshot.errors import RunFolderError
+from manyshot.errors import ManyshotError, RunFolderError
 from manyshot.executors import Executor, LocalExecutor
 from manyshot.inputs import Inputs, check_inputs, check_space
 from manyshot.models import choose_placement
@@ -24,6 +24,7 @@ from manyshot.process_mark import process_mark
 from manyshot.progress import WORK_PHASES, Listener, Progress, wall_seconds
 from manyshot.recipe import Recipe, operator_warnings
 from manyshot.recipe_file import to_yaml
+from manyshot.report_command import write_report
 from manyshot.rounds import run_rounds
 from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
 from manyshot.seeding import preserved_random_state
@@ -85,7 +86,16 @@ def run(
         scores = run_rounds(current)
         check_merged(current, scores)
         progress.record("end")
+        report(output, progress)
         return RunResult(output, folder.merged, scores, phase_seconds(folder))
+
+
+def report(output: Path, progress: Progress) -> None:
+    """Write the run's report; the run is complete without it, so what keeps it from being written is only told."""
+    try:
+        progress.message(f"report: {write_report([output]).html}")
+    except ManyshotError as error:
+        progress.message(f"warning: no report: {error}; manyshot report {shlex.quote(str(output))} tries again")
 
 
 def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
