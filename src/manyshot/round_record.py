@@ -59,7 +59,8 @@ class RoundRecord:
             kept_share=merge.get("kept_share"),
             update_norm=in_weights.get("update_norm"),
             merged_norm=in_weights.get("merged_norm"),
-            drift=in_weights.get("drift", {}),
+            # those of fully trained experts are not known where the merge was relative to the pretrained model
+            drift={} if None in in_weights.get("drift", {}).values() else in_weights.get("drift", {}),
             products=_products(in_weights),
         )
 
