@@ -13,11 +13,14 @@ import yaml
 
 from conftest import TASKS
 from manyshot import compare_jobs
+from manyshot.compare_folder import CompareFolder, claim
 from manyshot.compare_gain import shares
+from manyshot.compare_methods import SECTIONS
 from manyshot.compare_plan import count_steps, plan_compare
 from manyshot.compare_recipe import CompareRecipe, choose
 from manyshot.comparison import CompareResult, compare
-from manyshot.errors import DataError, ModelError, RecipeError
+from manyshot.content import keyed
+from manyshot.errors import DataError, ModelError, RecipeError, RunFolderError
 from manyshot.local_update import LocalUpdateJob, run_local_update
 from manyshot.recipe_file import compare_recipe_from_mapping, load_compare_recipe, to_yaml
 from manyshot.rundir import read_json
@@ -149,6 +152,26 @@ def test_the_methods_in_the_docs_load_and_mean_what_they_say() -> None:
     assert recipe.own("ten").protocol.rounds == 10
     plain = recipe.ablated("no_outer", recipe.candidates("outer")[3])
     assert plain.differences(recipe.shared) == {"merge.reference": "start"}
+
+
+def test_a_comparison_that_an_older_version_began_is_gone_on_with(tmp_path: Path) -> None:
+    recipe = recipe_with(operator="metis", merge={"reference": "start"}, local_update={"rank": 2})
+    old = yaml.safe_load(to_yaml(recipe))
+    for section in (*SECTIONS, "evaluation"):
+        old[section] = keyed(section, old[section])
+    old["tasks"] = {name: keyed("tasks", spec) for name, spec in old["tasks"].items()}
+    for method in old["methods"].values():
+        for part in ("operator", *SECTIONS):
+            method[part] = method[part] and keyed(part, method[part])
+    del old["baseline"], old["tuning"]["choose_by"]
+    folder = CompareFolder(tmp_path)
+    folder.recipe.write_text(yaml.safe_dump(old), "utf-8")
+    folder.environment.write_text("{}", "utf-8")
+    claim(folder, recipe, resume=True, extend=False, force=False)
+    # a new default is no reason to go on in another way: what was not said then is what was done then
+    changed = recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"search_objective": "worst"})})
+    with pytest.raises(RunFolderError, match=r"merge\.search_objective: average -> worst; use --extend"):
+        claim(folder, changed, resume=True, extend=False, force=False)
 
 
 def test_a_plan_counts_updates_by_how_they_are_trained() -> None:

@@ -109,6 +109,7 @@ def run_slice(
         "tasks": {task: tiny_task(study["tasks"][task], data) for task in wanted},
         "task_sets": {task_set: study["task_sets"][task_set] | {"tasks": tasks} for task_set, tasks in sets.items()},
         "methods": {method: study["methods"][method] for method in methods},
+        "baseline": "mean" if "mean" in methods else None,
         "seeds": [0],
         "protocol": {"rounds": 2, "local_steps": 4},
         "local_update": {"rank": 2, "alpha": 4, "batch_size": 4, "learning_rate": 0.01, "max_length": 32},
