@@ -23,7 +23,21 @@ from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe
 from manyshot.starter import starter_recipe
 
-COMMANDS = ("run", "demo", "compare", "tune", "eval", "merge", "inspect", "init", "validate", "plan", "status", "serve")
+COMMANDS = (
+    "run",
+    "demo",
+    "compare",
+    "tune",
+    "eval",
+    "merge",
+    "inspect",
+    "init",
+    "validate",
+    "plan",
+    "status",
+    "serve",
+    "push",
+)
 
 
 @pytest.fixture
@@ -96,6 +110,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "plan": {"--json"},
         "status": {"--json", "--watch"},
         "serve": {"--port"},
+        "push": {"--public", "--yes"},
     }[command]
     callback = next(
         c.callback for c in app.registered_commands if c.callback and command in (c.name, c.callback.__name__)

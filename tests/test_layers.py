@@ -135,7 +135,7 @@ ALLOWED: dict[str, set[str]] = {
             "merge_report",
             "mergekit_yaml",
         },
-        *{"progress", "recipe_file"},
+        *{"card_text", "compare_render", "progress", "recipe_file"},
     },
     "benchmark_spec": {"errors", "harness_presets", "recipe"},
     "compare_benchmarks": {
@@ -235,7 +235,9 @@ ALLOWED: dict[str, set[str]] = {
         *{"adapters", "errors", "export", "gap_weights", "match", "models", "operators", "outer", "round_merge"},
         *{"rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
     },
-    "card": {"recipe_file", "rundir", "steps"},
+    "card_text": {"base_model", "compare_render"},
+    "card": {"card_text", "compare_render", "normalize", "rundir", "steps", "task_spec"},
+    "push": {"errors", "rundir", "status"},
     "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_guard", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
@@ -282,6 +284,30 @@ ALLOWED: dict[str, set[str]] = {
         *{"recipe_file", "rounds", "rundir", "runner", "seeding", "steps", "steps_train"},
         *{"tune_folder", "tune_outputs", "tune_recipe", "tune_results", "tune_sampler", "tune_space"},
     },
+    "go_template": set(),
+    "export_source": {"base_model", "errors", "operators", "recipe", "rundir", "status", "tensors"},
+    "export_folder": {
+        *{"errors", "export", "export_source", "recipe_file", "rundir", "task_vector", "tensors"},
+    },
+    "export_lora": {"peft_adapter", "rundir", "task_vector", "tensor_writer"},
+    "export_adapter": {
+        *{"adapters", "errors", "export_lora", "export_source", "models", "rundir", "task_vector"},
+    },
+    "export_losses": {
+        *{"errors", "evaluate", "export_source", "inputs", "models", "progress", "rundir", "tasks"},
+    },
+    "export_mergekit": {
+        *{"errors", "export", "export_folder", "export_lora", "export_source", "local_update", "models", "operators"},
+        *{"peft_adapter", "rundir", "start_adapters", "task_vector", "tensors"},
+    },
+    "export_chat": {"go_template"},
+    "export_hints": set(),
+    "export_card": {"export_source"},
+    "export_command": {
+        *{"disk", "errors", "export_adapter", "export_card", "export_chat", "export_folder", "export_hints"},
+        *{"export_losses", "export_mergekit", "export_source", "merge_recipe", "models", "peft_adapter", "rundir"},
+        *{"tensor_writer", "tensors"},
+    },
     "api": {
         "compare_recipe",
         "comparison",
@@ -309,7 +335,7 @@ DOORS: dict[str, set[str]] = {
     "nltk": {"harness"},
     "accelerate": set(),
     "tokenizers": set(),
-    "huggingface_hub": {"base_model", "hub"},
+    "huggingface_hub": {"base_model", "hub", "cli_runs", "push"},
     "pyarrow": {"data_files"},
     "safetensors": {"tensors", "disk"},
     "pydantic": {
@@ -341,7 +367,17 @@ DOORS: dict[str, set[str]] = {
     },
     "jinja2": {"report_html"},
     "markupsafe": {"report_html"},
-    "typer": {"cli", "cli_compare", "cli_eval", "cli_inspect", "cli_merge", "cli_report", "cli_runs", "cli_tune"},
+    "typer": {
+        "cli",
+        "cli_compare",
+        "cli_eval",
+        "cli_export",
+        "cli_inspect",
+        "cli_merge",
+        "cli_report",
+        "cli_runs",
+        "cli_tune",
+    },
     "rich": {"cli_eval", "cli_inspect_view", "cli_live", "cli_view"},
     "matplotlib": {"cli_inspect_view", "compare_drawing", "compare_figures", "compare_round_figures", "tune_figures"},
     "gguf": set(),

@@ -62,7 +62,8 @@ def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config:
 def _download(spec: str, *, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), *(["*.py"] if trust_remote_code else [])]
+    # the card says under which licence the model is
+    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), "README.md", *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(spec, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - network, authentication and name errors have many types

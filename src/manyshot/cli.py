@@ -10,10 +10,11 @@ import typer
 
 from manyshot.cli_compare import compare
 from manyshot.cli_eval import evaluate
+from manyshot.cli_export import export
 from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
 from manyshot.cli_report import report
-from manyshot.cli_runs import serve, status
+from manyshot.cli_runs import push, serve, status
 from manyshot.cli_tune import tune
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ app.command()(tune)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
+app.command()(export)
 app.command()(report)
 app.command()(status)
 app.command()(serve)
+app.command()(push)

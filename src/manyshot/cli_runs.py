@@ -1,4 +1,4 @@
-"""Commands about a run that exists: how far it is, and its report as a page that follows it."""
+"""Commands about a run that exists: how far it is, and its report as a page that follows it, its model on the Hub."""
 
 from __future__ import annotations
 
@@ -59,3 +59,36 @@ def serve(
         print(f"{run_folder}: {server.url} (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def push(
+    run_folder: RunPath,
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hugging Face Hub: name or owner/name.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Everyone may read it; private otherwise.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before uploading.")] = False,
+) -> None:
+    """Upload a run's merged model and its card, and nothing else, to the Hugging Face Hub. Shows first what it uploads.
+
+    The token is the environment's (HF_TOKEN) or that of `hf auth login`.
+    """
+    import sys
+
+    from huggingface_hub import HfApi
+
+    from manyshot.cli_view import show_lines, show_upload
+    from manyshot.errors import PushError
+    from manyshot.push import find_target, plan_upload
+    from manyshot.push import push as upload_model
+
+    upload = plan_upload(run_folder, repo, private=not public)
+    if not yes and not sys.stdin.isatty():
+        raise PushError("nobody can be asked here; --yes uploads without asking")
+    api = HfApi()
+    target = find_target(upload, api)
+    show_upload(upload, target)
+    if not yes and not typer.confirm(f"Upload to {target}?", default=False):
+        show_lines(["nothing was uploaded"])
+        raise typer.Exit(1)
+    print(upload_model(upload, target, api))

@@ -21,11 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from manyshot.live_text import TITLES
 
 if TYPE_CHECKING:
     from manyshot.progress import Event
+    from manyshot.push import Upload
     from manyshot.runner import RunResult
 
 LOG_WIDTH = 150
@@ -350,3 +352,19 @@ def show_status(found: dict[str, Any]) -> None:
     show_lines(describe(finding) for finding in found["findings"])
     if found["merged"]:
         console.print(f"merged model: {found['merged']}", highlight=False, markup=False)
+
+
+def show_upload(upload: Upload, target: str) -> None:
+    """Every file that would be uploaded, where to, and who may read it."""
+    console = make_console()
+    table = Table(title=Text(f"to {target}, {'private' if upload.private else 'PUBLIC'}"))
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    for name, size in upload.files.items():
+        table.add_row(Text(name), f"{size / 1e6:,.2f} MB")
+    table.add_row("all", f"{upload.num_bytes / 1e6:,.2f} MB", style="bold")
+    console.print(table)
+    told = {key: upload.metadata.get(key, "not given") for key in ("base_model", "license", "datasets")}
+    console.print("; ".join(f"{key}: {value}" for key, value in told.items()), markup=False, highlight=False)
+    if upload.unfinished:
+        show_lines([f"the run has not ended (next: {upload.unfinished}): this is the last finished round's model"])

@@ -40,6 +40,14 @@ class ServeError(ManyshotError):
     """A page cannot be served: its port is taken."""
 
 
+class PushError(ManyshotError):
+    """A merged model cannot be uploaded as asked."""
+
+
+class TrackerError(ManyshotError):
+    """A tracker cannot be used."""
+
+
 class MissingExtraError(ManyshotError):
     """An optional package is not installed."""
 

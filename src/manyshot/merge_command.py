@@ -19,7 +19,7 @@ from manyshot.merge_models import MergeSettings, check_output, merge_models
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.merge_report import MergeReport
 from manyshot.mergekit_yaml import expert_names
-from manyshot.recipe_file import load_merge_recipe, merge_recipe_from_mapping, to_yaml
+from manyshot.recipe_file import load_merge_recipe, merge_recipe_from_mapping
 from manyshot.tensors import Checkpoint
 
 
@@ -195,30 +195,22 @@ def _open_many_files() -> None:
 
 def _write_card(folder: Path, recipe: MergeRecipe, base: BaseModel, weights: Sequence[float]) -> None:
     """README.md of a merged model: Hub metadata, weights, the recipe."""
-    import yaml
+    from manyshot.card_text import PROJECT, fenced, front_matter, metadata, origin_of, public_recipe, table
+    from manyshot.compare_render import escape_markdown
 
-    metadata = {
-        "base_model": [base.name],
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["merge", "manyshot", f"manyshot-{recipe.method.name}"],
-    }
-    rows = "\n".join(f"| {name} | {weight:.4g} |" for name, weight in zip(recipe.experts, weights, strict=True))
-    text = f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
+    origin = origin_of(recipe.base, base)
+    rows = [(name, f"{weight:.4g}") for name, weight in zip(recipe.experts, weights, strict=True)]
+    text = f"""{front_matter(metadata(origin, recipe.method.name))}
+# {escape_markdown(origin.name.rsplit("/", 1)[-1])}, merged from {len(weights)} models
 
-# {base.name.rsplit("/", 1)[-1]}, merged from {len(weights)} models
+Experts made from {origin.link}, merged once with [manyshot]({PROJECT}): operator `{recipe.method.name}`, in float32,
+cast once. Nothing was measured on the merged model.
 
-Made with [manyshot](https://pypi.org/project/manyshot/): operator `{recipe.method.name}`, float32, cast once.
+{table(["model", "weight"], rows)}
 
-| model | weight |
-|---|---|
-{rows}
+## Recipe
 
-```yaml
-{to_yaml(recipe).strip()}
-```
+{fenced(public_recipe(recipe.model_dump(mode="json")), "yaml")}
 """
     (folder / "README.md").write_text(text, "utf-8")
 
