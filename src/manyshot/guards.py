@@ -146,8 +146,8 @@ def guard_gains(history: History, recipe: Recipe) -> Iterable[Finding]:
             now.round_index,
             idle,
             found + _all_moved(idle, pretrained, now.expert_losses),
-            "there is nothing of them to merge, and a gap as a share of that gain says nothing; their data may be noise, "
-            "or nothing new to the model",
+            "there is nothing of them to merge, and a gap as a share of that gain says nothing; their data may be "
+            "noise, or nothing new to the model",
             keener_learning(recipe, idle, now.round_index),
         )
     if taken:
@@ -156,8 +156,8 @@ def guard_gains(history: History, recipe: Recipe) -> Iterable[Finding]:
             now.round_index,
             taken,
             found + _all_moved(taken, pretrained, now.expert_losses),
-            "the rounds before took more from their tasks than they could bring back, and a gap as a share of that gain "
-            "says nothing",
+            "the rounds before took more from their tasks than they could bring back, and a gap as a share of that "
+            "gain says nothing",
             shorter_step(recipe, len(now.weights), now.round_index),
         )
 
