@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,7 @@ def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
             writer.write(name, dense)
 
 
-def average_adapters(
-    adapters: Sequence[Path], weights: Sequence[float], output: Path, *, frozen: bool = False
-) -> None:
+def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path, *, frozen: bool = False) -> None:
     """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`).
 
     With `frozen`, factors that all tasks have in common stay as they are, whatever the weights sum to.
@@ -71,11 +69,25 @@ def truncate_to_adapter(task_vector: StoredTaskVector, like: Path, output: Path)
     for name, factor in shape_source.factors.items():
         rank = shape_source.weights.info(factor.lora_a).shape[0]
         dense = task_vector.read(name).float()
-        left, values, right = torch.linalg.svd(dense.T if factor.transposed else dense, full_matrices=False)
-        root = (values[:rank] / factor.scaling).clamp(min=0).sqrt()
+        b_OR, a_RI = truncated(dense.T if factor.transposed else dense, rank, factor.scaling)
         # a rank above the tensor's own leaves the last factors zero
-        missing = rank - len(root)
+        missing = rank - len(a_RI)
         pad = torch.nn.functional.pad
-        tensors[factor.lora_b] = pad(left[:, :rank] * root, (0, missing))
-        tensors[factor.lora_a] = pad(right[:rank] * root[:, None], (0, 0, 0, missing))
+        tensors[factor.lora_b] = pad(b_OR, (0, missing))
+        tensors[factor.lora_a] = pad(a_RI, (0, 0, 0, missing))
     write_adapter(output, like, tensors)
+
+
+def truncated(
+    dense_OI: torch.Tensor, rank: int | Callable[[torch.Tensor], int], scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, A) with s·B·A the best approximation of a float32 matrix at a rank, or at one chosen by its singular values.
+
+    Eckart and Young: U_k Σ_k V_kᵀ, with √Σ_k/√s on either side. The values come in falling order.
+    """
+    import torch
+
+    left, values, right = torch.linalg.svd(dense_OI, full_matrices=False)
+    kept = rank if isinstance(rank, int) else rank(values)
+    root = (values[:kept] / scaling).clamp(min=0).sqrt()
+    return left[:, :kept] * root, right[:kept] * root[:, None]

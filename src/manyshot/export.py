@@ -15,7 +15,12 @@ from manyshot.task_vector import Scratch, StoredTaskVector, read_wide
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter, plan_shards, shard_name, write_index
 from manyshot.tensors import Checkpoint, TensorInfo, kind_of
 
-WEIGHT_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt")
+WEIGHT_FILE_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx", ".onnx_data", ".tflite"),
+    *(".ot", ".npz", ".mlmodel"),
+)
+# what a folder says of itself, not of the model that is made from it
+OWN_FILES = ("README.md", "MANIFEST.json", "merge.json", "export.json", "Modelfile")
 
 
 def export_model(
@@ -101,16 +106,37 @@ def output_info(info: TensorInfo, dtype: str | None) -> TensorInfo:
 
 
 def copy_side_files(source: Path, folder: Path, dtype: str | None) -> None:
-    """Copy everything of a model folder that is not weights; a changed output type is said in config.json."""
-    for file in sorted(source.iterdir()):
-        skipped = file.name.endswith((*WEIGHT_FILE_SUFFIXES, ".index.json")) or file.name in (
-            "README.md",
-            "MANIFEST.json",
-        )
-        if file.is_file() and not skipped and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    """Copy everything of a model folder that is not weights; a changed output type is said in config.json.
+
+    A subfolder comes along whole (further chat templates, code of the model), or not at all where weights lie in it: it
+    is then another form of the model, with the base's weights.
+    """
+    for file in side_files(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     if dtype is not None:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         write_json(folder / "config.json", config)
+
+
+def side_files(source: Path) -> list[Path]:
+    """The files of a model folder that are not weights, those of its subfolders included."""
+    found = [file for file in sorted(source.iterdir()) if file.is_file() and _is_side_file(file)]
+    for part in sorted(source.iterdir()):
+        if part.is_dir() and not part.name.startswith((".", "checkpoint-")):
+            files = [file for file in sorted(part.rglob("*")) if file.is_file()]
+            if not any(file.name.endswith(WEIGHT_FILE_SUFFIXES) for file in files):
+                found += [file for file in files if not _is_hidden(file.relative_to(source))]
+    return found
+
+
+def _is_side_file(file: Path) -> bool:
+    weights = file.name.endswith((*WEIGHT_FILE_SUFFIXES, ".index.json"))
+    return not weights and file.name not in OWN_FILES and not file.name.startswith(".")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
