@@ -155,6 +155,15 @@ EXPORT WIDE void weighted_sum(const float *restrict v, int64_t tasks, int64_t st
     }
 }
 
+/* votes += 1 where |own| >= threshold * |total - own|, own = weight * row */
+static INLINE void vote(const float *restrict row, float weight, float threshold, const float *restrict total,
+                        int32_t *restrict votes, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float own = weight * row[i];
+        votes[i] += fabsf(own) >= threshold * fabsf(total[i] - own) ? 1 : 0;
+    }
+}
+
 /* out = scaling * V where at least `agreement` tasks have |w_t| >= threshold * |V - w_t|, else 0;
  * w_t = weight_t v_t, V = sum_t w_t. UNWEIGHTED: |v_t| >= threshold * |S - v_t|, S = sum_t v_t; V stays. SOFT: of V stays
  * the share votes / agreement, all of it at most. */
@@ -165,7 +174,7 @@ EXPORT WIDE void consensus(const float *restrict v, int64_t tasks, int64_t strid
         int64_t m = least(BLOCK, n - begin);
         float total[BLOCK], plain[BLOCK];
         int32_t votes[BLOCK];
-        for (int64_t i = 0; i < m; i++) total[i] = weights[0] * v[begin + i];
+        for (int64_t i = 0; i < m; i++) total[i] = weights[0] * v[begin + i], votes[i] = 0;
         for (int64_t t = 1; t < tasks; t++) {
             const float *restrict row = v + t * stride + begin;
             float weight = weights[t];
@@ -177,16 +186,9 @@ EXPORT WIDE void consensus(const float *restrict v, int64_t tasks, int64_t strid
                 const float *restrict row = v + t * stride + begin;
                 for (int64_t i = 0; i < m; i++) plain[i] += row[i];
             }
-        }
-        const float *voted = how & UNWEIGHTED ? plain : total;
-        for (int64_t i = 0; i < m; i++) votes[i] = 0;
-        for (int64_t t = 0; t < tasks; t++) {
-            const float *restrict row = v + t * stride + begin;
-            float weight = how & UNWEIGHTED ? 1.0f : weights[t];
-            for (int64_t i = 0; i < m; i++) {
-                float own = weight * row[i];
-                votes[i] += fabsf(own) >= threshold * fabsf(voted[i] - own) ? 1 : 0;
-            }
+            for (int64_t t = 0; t < tasks; t++) vote(v + t * stride + begin, 1.0f, threshold, plain, votes, m);
+        } else {
+            for (int64_t t = 0; t < tasks; t++) vote(v + t * stride + begin, weights[t], threshold, total, votes, m);
         }
         if (how & SOFT) {
             for (int64_t i = 0; i < m; i++) {

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline)) /* so that it is as wide as what calls it */
 
 enum { BF16 = 1, F32 = 2 };        /* stored types */
 enum { UNWEIGHTED = 1, SOFT = 2 }; /* how a consensus is reached: votes on v itself; a share of what too few vote for */
