@@ -327,9 +327,7 @@ def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
         theirs = theirs.T if layer.fan_in_fan_out else theirs
         off = torch.addmm(theirs, b_OR, a_RI, alpha=-scaling).abs_().max()
         if not off <= 1e-5 * theirs.abs().max():
-            raise ModelError(
-                f"tensor '{name}': s·B·A differs from PEFT's own ΔW; this kind of adapter is not supported"
-            )
+            raise ModelError(f"tensor '{name}': s·B·A differs from PEFT's own ΔW; such adapters are not supported")
         module = f"base_model.model.{name.removesuffix('.weight')}"
         table[name] = {
             "lora_a": f"{module}.lora_A.weight",
