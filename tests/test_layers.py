@@ -67,7 +67,16 @@ ALLOWED: dict[str, set[str]] = {
         *{"benchmark_spec", "compare_recipe", "errors", "merge_recipe", "operators", "recipe", "tune_recipe"},
     },
     "recipe_file": {
-        *{"compare_recipe", "errors", "merge_recipe", "mergekit_yaml", "recipe", "recipe_problems", "tune_recipe"},
+        *{
+            "compare_recipe",
+            "errors",
+            "merge_recipe",
+            "mergekit_yaml",
+            "operators",
+            "recipe",
+            "recipe_problems",
+            "tune_recipe",
+        },
     },
     "starter": {"operators", "recipe"},
     "status": {"errors", "rundir"},

@@ -82,6 +82,14 @@ def test_load_recipe_applies_overrides_in_order(folder: Path) -> None:
     assert list(recipe.tasks) == ["math", "safety", "third"]
 
 
+def test_load_recipe_overrides_reach_into_the_operator_that_is_there_unasked(folder: Path) -> None:
+    text = "".join(line + "\n" for line in GOOD.splitlines() if not line.startswith("operator"))
+    assert "operator" not in text
+    recipe = load(folder, text, "operator.gap=relative")
+    assert (recipe.method.name, recipe.operator.gap) == ("metis", "relative")
+    assert load(folder, text, "operator.name=ties").method.name == "ties"
+
+
 def test_load_recipe_overrides_reach_into_a_short_operator(folder: Path) -> None:
     recipe = load(folder, GOOD + "operator: metis\n", "operator.temperature=0.5")
     assert recipe.method.temperature == 0.5  # type: ignore[attr-defined]
@@ -197,7 +205,8 @@ def test_load_recipe_names_the_line_of_a_mistake_in_a_source(folder: Path, old: 
 def test_load_recipe_names_an_unknown_key_with_file_line_and_suggestion(folder: Path) -> None:
     text = GOOD + "protocol:\n  rounds: 2\n  local_stepz: 10\n"
     assert problems(folder, text) == [
-        "recipe.yaml:9: protocol.local_stepz: unknown key; did you mean 'local_steps'? there are: allocation, local_steps, rounds"
+        "recipe.yaml:9: protocol.local_stepz: unknown key; did you mean 'local_steps'? there are: allocation, "
+        "local_steps, rounds"
     ]
 
 

@@ -14,6 +14,7 @@ from manyshot.compare_recipe import CompareRecipe
 from manyshot.errors import RecipeError
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.mergekit_yaml import from_mergekit, is_mergekit
+from manyshot.operators import Operator
 from manyshot.recipe import Recipe
 from manyshot.recipe_problems import NAMED, Key, Source, cross_problems_of_broken, dotted, explain, one_per_key
 from manyshot.tune_recipe import TuneRecipe
@@ -100,6 +101,9 @@ def _build(
     problems: list[str],
     folder: Path,
 ) -> AnyRecipe:
+    field = kind.model_fields.get("operator")
+    if isinstance(default := field and field.default, Operator) and any(o.startswith("operator.") for o in overrides):
+        raw.setdefault("operator", default.name)  # they are settings of the operator that is there unasked
     for override in overrides:
         _apply_override(raw, override, source)
     problems += _resolve_paths(raw, source, folder)
