@@ -18,6 +18,7 @@ from manyshot.comparison import compare
 from manyshot.errors import RecipeError
 from manyshot.inspect_recipe import plan_recipe
 from manyshot.models import load_tokenizer
+from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Protocol, operator_warnings
 from manyshot.recipe_file import compare_recipe_from_mapping
 from manyshot.rundir import read_json
@@ -167,6 +168,7 @@ def test_a_comparison_counts_what_a_task_of_few_steps_takes(runs: Runs, tmp_path
     own["evaluation"].pop("experts")
     own["tasks"][PAIR[0]] |= {"steps_share": 0.5, "loss_scale": 3}
     methods = {"mean": {"operator": "mean", "protocols": ["many_shot"]}, "joint": {"joint": True}}
+    own["local_update"] |= {"adapter_start": "own", "optimizer_state": "kept"}
     recipe = compare_recipe_from_mapping(own | {"models": {"tiny": small["model"]}, "seeds": [0], "methods": methods})
     done = compare(recipe, tmp_path / "out")
     cells = {cell["method"]: cell for cell in done.results["cells"]}
@@ -176,6 +178,9 @@ def test_a_comparison_counts_what_a_task_of_few_steps_takes(runs: Runs, tmp_path
     trial = done.folder / "trials" / cells["joint"]["folder"] / "joint" / "local_update.json"
     tokens = [num_tokens(runs, task, steps, 0) for task, steps in zip(PAIR, (2, 4), strict=True)]
     assert read_json(trial)["num_tokens"] == sum(tokens)
+    # what a resume needs is kept where the first round is shared, and gone where a cell is finished
+    stored = [file.relative_to(done.folder).parts[0] for file in done.folder.rglob(OPTIMIZER_NAME)]
+    assert stored == ["updates"] * 2
     notes = "takes 0.5 of the local steps; its losses are multiplied by 3"
     assert done.results["task_notes"] == {PAIR[0]: notes.split("; ")}
     assert f"- Task {PAIR[0]} {notes}" in (done.folder / "report.md").read_text("utf-8")
