@@ -36,6 +36,7 @@ COMMANDS = (
     "plan",
     "status",
     "serve",
+    "report",
     "push",
 )
 
@@ -110,6 +111,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "plan": {"--json"},
         "status": {"--json", "--watch"},
         "serve": {"--port"},
+        "report": {"--output", "--json"},
         "push": {"--public", "--yes"},
     }[command]
     callback = next(

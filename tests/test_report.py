@@ -377,3 +377,36 @@ def test_damaged_results_are_an_error_that_names_them(comparison: Path, content:
 def test_a_comparison_does_not_stand_beside_runs(comparison: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="give it alone"):
         build_report([comparison, FakeRun(tmp_path / "run").write()])
+
+
+def test_a_comparison_of_one_model_shows_examples(comparison: Path) -> None:
+    results = make_results()
+    for key in ("cells", "references"):
+        results[key] = [one for one in results[key] if one["model"] == "small"]
+    results["models"] = ["small"]
+    tasks = results["task_sets"]["four"]["tasks"]
+    for cell in results["cells"]:
+        cell["folder"] = f"{cell['method']}-{cell['protocol']}-{cell['seed']}"
+    write(comparison / "results.json", results)
+
+    def answer(folder: str, tasks: list[str], who: str, first: int) -> None:
+        rows = [{"row": first + i, "output": f"{who} {i}", "score": 1.0} for i in range(3)]
+        write(comparison / folder / "test" / "outputs.json", dict.fromkeys(tasks, rows))
+
+    for protocol in ("many_shot", "post_hoc"):
+        answer(f"trials/metis-{protocol}-0", tasks, protocol, 5)
+    for task in tasks:
+        answer(f"references/{task}-expert-1", [task], "expert", 5)
+        for key, first in (("0", 40), ("1", 5)):  # of another seed, with another test split; of this one
+            answer(f"references/{task}-{key}", [task], f"pretrained {key}", first)
+            asked = [{"row": first, "prompt": f"prompt {key}", "reference": "r"}]
+            kept = {task: {"kind": "generate", "examples": asked}}
+            write(comparison / "references" / f"{task}-{key}" / "test" / "examples.json", kept)
+    (example,) = build_report([comparison]).page.details[0].examples["math"]
+    assert (example.prompt, example.reference) == ([("", "prompt 1")], "r")
+    assert {answer.model: answer.text for answer in example.answers} == {
+        "pretrained": "pretrained 1 0",
+        "experts (one per task)": "expert 0",
+        "METIS, post-hoc": "post_hoc 0",
+        "METIS, many-shot": "many_shot 0",
+    }

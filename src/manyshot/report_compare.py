@@ -16,6 +16,7 @@ from manyshot.errors import RunFolderError
 from manyshot.report_data import (
     Block,
     Details,
+    Example,
     Model,
     Numbers,
     Role,
@@ -28,6 +29,7 @@ from manyshot.report_data import (
     number,
     numbers,
 )
+from manyshot.report_examples import read_examples
 from manyshot.report_read import SPREAD, Records, kept_by_layer
 from manyshot.report_resources import disk_use, read_phases, seconds_in_all
 
@@ -55,7 +57,8 @@ def read_comparison(path: Path) -> tuple[Grid, list[Block], Details]:
         raise RunFolderError(f"{results_path}: not the results of a comparison ({error!r})") from None
     for line in missing:
         records.note(results_path, line)
-    return grid, blocks, _details(records, grid, path, len(missing))
+    details = _details(records, grid, path, len(missing))
+    return grid, blocks, replace(details, examples=_examples(records, grid, blocks)) if blocks else details
 
 
 def _details(records: Records, grid: Grid, path: Path, num_missing: int) -> Details:
@@ -83,6 +86,41 @@ def _details(records: Records, grid: Grid, path: Path, num_missing: int) -> Deta
         disk=disk_use(path),
         problems=records.problems,
     )
+
+
+def _examples(records: Records, grid: Grid, blocks: Sequence[Block]) -> dict[str, list[Example]]:
+    """What the pretrained model, the experts and the detailed methods of the first block answered, with the first seed.
+
+    The folders of `references/` name no model: nothing is shown where there are several.
+    """
+    if len(grid.models) > 1:
+        return {}
+    block, trials = blocks[0], records.folder / "trials"
+    named = {grid.name(group): group for group in grid.groups(grid.main, ablations=True)}
+    wanted = [subject for subject in block.subjects if subject.detailed]
+    once = [subject for subject in block.subjects if subject.name in {one.once for one in wanted}]
+    answering: dict[str, tuple[Role, dict[str, Path]]] = {}
+    for subject in (*once, *wanted):
+        cell = next(iter(grid.done(named[subject.name]).values()))
+        place = trials / str(cell.get("folder")) / "test"
+        answering[subject.name] = subject.model.role, dict.fromkeys(block.tasks, place)
+    if not answering:
+        return {}
+    said = records.read(next(reversed(answering.values()))[1][block.tasks[0]] / "outputs.json", expected=False)
+    asked: dict[str, Any] = {}
+    places: dict[Role, dict[str, Path]] = {"pretrained": {}, "experts": {}}
+    for place in sorted((records.folder / "references").glob("*/test")):
+        prompts, outputs = (records.read(place / name, expected=False) for name in ("examples.json", "outputs.json"))
+        for task in block.tasks:
+            if task in outputs and _rows(outputs[task]) == _rows(said.get(task)):  # the test split of this seed
+                places["pretrained" if prompts else "experts"].setdefault(task, place)
+                asked |= {task: prompts[task]} if task in prompts else {}
+    references = {model.label: (model.role, places[model.role]) for model in block.references}
+    return read_examples(asked, records.read, block.tasks, references | answering)
+
+
+def _rows(said: object) -> list[Any]:
+    return [mapping(one).get("row") for one in said] if isinstance(said, list) else []
 
 
 # ---- one model and task set ------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from manyshot.report_data import Answer, Details, Example, Role, mapping, number
-from manyshot.rundir import RunFolder
 
 # characters of all prompts and answers of a page; where there are more, the longest texts are cut
 MOST_CHARACTERS, LEAST_CHARACTERS = 1_000_000, 200
@@ -24,16 +23,16 @@ class Read(Protocol):
 
 
 def read_examples(
-    folder: RunFolder, read: Read, tasks: Sequence[str], answering: Answering
+    asked: Mapping[str, Any], read: Read, tasks: Sequence[str], answering: Answering
 ) -> dict[str, list[Example]]:
-    """Examples by task; a run that began before prompts were kept has none."""
-    asked = read(folder.round(0) / "examples.json", expected=False)
+    """Examples by task; `asked` is examples.json, which a run that began before prompts were kept does not have."""
     found = {}
     for task in tasks:
         kept = mapping(asked.get(task))
         outputs = {
             name: (role, _outputs(read(places[task] / "outputs.json", expected=False), task))
             for name, (role, places) in answering.items()
+            if task in places
         }
         entries = kept.get("examples") if isinstance(kept.get("examples"), list) else []
         if entries:

@@ -96,7 +96,7 @@ class Page:
     def no_examples(self) -> str:
         """Why there are no examples, where there are none."""
         if self.kind == "comparison":
-            return "a comparison keeps answers in its folder, beside the scores, and no prompts"
+            return "no prompts were kept (references/…/test/examples.json), or there are several models"
         return "no prompts were kept beside the pretrained model's scores (examples.json)"
 
 

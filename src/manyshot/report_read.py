@@ -126,6 +126,7 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
         subjects.append(Subject(beside_experts(alone, pretrained, experts), [], [], detailed=False))
     references = [beside_experts(pretrained, pretrained, experts), *([experts] if experts else [])]
     title = name or path.resolve().name
+    asked = records.read(folder.round(0) / "examples.json", expected=False)
     models = [*references, *(subject.model for subject in reversed(subjects))]
     answering = _answering(folder, models, tasks, merged[-1][0] if merged else 0)
     details = Details(
@@ -140,7 +141,7 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
         wall=seconds_in_all(folder.metrics),
         phases=read_phases([folder.metrics]),
         disk=disk_use(path),
-        examples=read_examples(folder, records.read, tasks, answering),
+        examples=read_examples(asked, records.read, tasks, answering),
         **_environment(records, folder, recipe),
         problems=records.problems,
     )
