@@ -41,6 +41,7 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/training_throughput.py
 	$(BIN)/python benchmarks/demo_run.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/merge_speed.py --work $(BENCH_WORK) --mergekit $(BIN)/mergekit-yaml
 
 clean:

@@ -137,6 +137,7 @@ def test_one_round_is_a_run_too(tmp_path: Path) -> None:
 
 def test_one_task_is_shown_without_radar_and_cosines(tmp_path: Path) -> None:
     report = build_report([FakeRun(tmp_path / "run", ["math"], rounds=1).write()])
+    assert report.page.verdict == f"The merged model reaches {report.page.cards[0].value} of its expert's score."
     assert figure(report, "tasks").charts[0].kind == "points"
     assert [one.title for one in section(report, "drift").figures] == ["Drift"]
     assert report.page.cards[2].value == "0.000"

@@ -46,6 +46,8 @@ def outcome(block: Block, best: Subject) -> str:
     model, once = best.model, block.subject(best.once)
     shares, other = model.normalized, once.model.normalized if once else None
     if shares and shares.average is not None:
+        if len(block.tasks) == 1:
+            return f"reaches {within(shares.average, shares.average_error)} of its expert's score."
         worst = f" ({shares.worst_task})" if shares.worst_task else ""
         found = (
             f"reaches {within(shares.average, shares.average_error)} of its experts' scores on average and "

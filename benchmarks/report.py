@@ -1,0 +1,81 @@
+"""How long a report takes to make, and to open: eleven tasks, five rounds, thirty layers.
+
+    python benchmarks/report.py [RUN]
+
+Makes the report of RUN (default: a folder that is written here, of the same shape as a run's) and opens it in Chromium
+through Playwright. Both wall time and the time of the processor: they are the same on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import psutil
+from playwright.sync_api import sync_playwright
+
+from manyshot.report_command import write_report
+from report_helpers import FakeRun, task_names
+
+PATIENCE = 120_000
+DRAWN = """async () => {
+  while (document.documentElement.dataset.drawn !== "yes") await new Promise((done) => setTimeout(done, 5));
+  return performance.now();
+}"""
+ALL = """async () => {
+  const began = performance.now();
+  for (const chart of document.querySelectorAll(".panel:not([hidden]) > .chart")) {
+    chart.scrollIntoView();
+    while (!chart.querySelector("svg")) await new Promise((done) => setTimeout(done, 5));
+  }
+  return performance.now() - began;
+}"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else fake_run(Path(scratch) / "eleven")
+        wall, busy = time.perf_counter(), time.process_time()
+        page = write_report([folder], Path(scratch) / "report").html
+        wall, busy = time.perf_counter() - wall, time.process_time() - busy
+        print(f"{platform.machine()}, Python {platform.python_version()}")
+        print(
+            f"made in {wall:.2f} s, of the processor {busy:.2f} s; report.html has {page.stat().st_size / 1e6:.2f} MB"
+        )
+        open_page(page)
+
+
+def fake_run(folder: Path) -> Path:
+    return FakeRun(folder, task_names(11), rounds=5, layers=30, num_test=200).write()
+
+
+def open_page(path: Path) -> None:
+    """Until the page says that it is drawn, then every chart that is further down."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), timeout=PATIENCE)
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        before = busy_seconds()
+        page.goto(path.as_uri())
+        opened = page.evaluate(DRAWN) / 1000
+        busy = busy_seconds() - before
+        print(f"Chromium {browser.version}: opened in {opened:.2f} s, of the processor {busy:.2f} s (all processes)")
+        rest = page.evaluate(ALL) / 1000
+        print(f"all charts drawn {rest:.2f} s later, of the processor {busy_seconds() - before - busy:.2f} s")
+        browser.close()
+
+
+def busy_seconds() -> float:
+    """Seconds of processor time that the browser, as all of what this process has started, has taken."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return float(sum(one.user + one.system for one in times))
+
+
+if __name__ == "__main__":
+    main()
