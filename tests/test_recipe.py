@@ -214,7 +214,12 @@ def test_recipe_override_may_not_decide_the_weights(setting: str) -> None:
             "operator.effective_tasks: 3.5 of 3 tasks; give 1 … 3",
         ),
         (("operator.temperature=automatic",), "operator.temperature: "),
-        (("operator.gap=relativ",), "operator.gap: Input should be 'absolute', 'relative' or 'none', found 'relativ'"),
+        (
+            ("operator.gap=relativ",),
+            "operator.gap: Input should be 'absolute', 'relative', 'over_expert', 'over_start' or",
+        ),
+        (("operator.weight_memory=1",), "operator.weight_memory: Input should be less than 1, found 1"),
+        (("operator.mask=hard",), "operator.mask: Input should be a valid boolean"),
         (("operator.temperature=[1, 2, 3]",), "operator.temperature: has 3 values for 2 rounds"),
         (
             ("operator=iso_c", "merge.space=factors"),
