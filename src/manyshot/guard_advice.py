@@ -134,4 +134,5 @@ def _largest(method: Operator, name: str) -> float | None:
 def _floor(value: float) -> float:
     """Two digits at least, rounded down: 1/3 as 0.33, so that T times it is no more than 1."""
     digits = max(2, 1 - math.floor(math.log10(value))) if value > 0 else 2
-    return math.floor(value * 10**digits) / 10**digits
+    scale = 10.0**digits
+    return math.floor(value * scale) / scale
