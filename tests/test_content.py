@@ -39,6 +39,11 @@ def test_content_of_a_trial_keeps_its_name(operator: str) -> None:
     assert named(operator) == FIRST[operator], "add the new setting to LATER in content.py"
 
 
+def test_content_has_no_part_of_trackers() -> None:
+    settings = {"trackers": {"names": ["wandb"]}, "seed": 1}
+    assert keyed_recipe(settings) == {"seed": 1}
+
+
 def test_content_of_a_local_update_a_measurement_and_a_task_keeps_its_name() -> None:
     recipe = recipe_from_mapping({"model": "some/model", "tasks": TASKS})
     update, evaluation = recipe.local_update.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")

@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": set(),
     "optimizer_state": {"tensor_writer", "tensors"},
     "start_adapters": {"recipe", "rundir", "training_spec"},
-    "recipe": {"operators", "task_spec", "training_spec"},
+    "recipe": {"operators", "task_spec", "tracker_spec", "training_spec"},
     "merge_recipe": {"gap_weights", "operators", "recipe"},
     "mergekit_yaml": {"errors"},
     "tune_space": set(),
@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
             "tune_recipe",
         },
     },
-    "starter": {"operators", "recipe"},
+    "starter": {"operators", "recipe", "tracker_spec"},
     "status": {"errors", "rundir"},
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
@@ -86,6 +86,9 @@ ALLOWED: dict[str, set[str]] = {
     "live_text": {"live_metrics", "live_state", "status"},
     "serve": {"errors", "live_state", "live_text"},
     "workload": {"recipe", "tasks"},
+    "tracker_spec": {"task_spec"},
+    "tracker_backends": {"tracker_spec"},
+    "trackers": {"errors", "progress", "recipe", "rundir", "tracker_backends", "tracker_spec"},
     "data_files": {"demo", "errors"},
     "task_spec": set(),
     "sources": {"data_files", "errors", "seeding", "task_spec"},
@@ -111,6 +114,8 @@ ALLOWED: dict[str, set[str]] = {
             "start_adapters",
             "tasks",
             "tensors",
+            "tracker_backends",
+            "trackers",
             "trainer",
         }
     },
@@ -229,7 +234,10 @@ ALLOWED: dict[str, set[str]] = {
     "report_html": {"report_page"},
     "report_markdown": {"compare_render", "report_data", "report_page"},
     "report_command": {"errors", "report_build", "report_html", "report_markdown", "report_page", "rundir"},
-    "steps": {"base_model", "evaluate", "executors", "models", "normalize", "progress", "recipe", "rundir", "tasks"},
+    "steps": {
+        *{"base_model", "evaluate", "executors", "models", "normalize", "progress", "recipe", "rundir", "tasks"},
+        "trackers",
+    },
     "steps_train": {
         *{"allocation", "content", "evaluate", "gap_weights", "local_update", "models", "optimizer_state", "recipe"},
         *{"rundir", "start_adapters", "steps", "tasks", "tensors"},
@@ -262,7 +270,7 @@ ALLOWED: dict[str, set[str]] = {
             "recipe_file",
             "rounds",
         },
-        *{"process_mark", "report_command", "rundir", "seeding", "steps", "workload"},
+        *{"process_mark", "report_command", "rundir", "seeding", "steps", "trackers", "workload"},
     },
     "inspect_recipe": {"line_search", "models", "outer", "recipe", "runner", "tasks", "tensors", "trainer"},
     "hub": set(),
@@ -336,7 +344,7 @@ OUTERMOST = ("__init__", "__main__", "cli")
 
 # package -> the only modules that may import it (anywhere in them)
 DOORS: dict[str, set[str]] = {
-    "transformers": {"models", "trainer", "loss_gap", "evaluate"},
+    "transformers": {"models", "trainer", "loss_gap", "evaluate", "tracker_backends"},
     "peft": {"models"},
     "trl": {"trainer"},
     "datasets": {"data_files", "harness", "hub", "models", "trainer"},
@@ -359,6 +367,7 @@ DOORS: dict[str, set[str]] = {
         "recipe_problems",
         "starter",
         "task_spec",
+        "tracker_spec",
         "training_spec",
         "tune_recipe",
     },
@@ -390,6 +399,10 @@ DOORS: dict[str, set[str]] = {
     "rich": {"cli_eval", "cli_inspect_view", "cli_live", "cli_view"},
     "matplotlib": {"cli_inspect_view", "compare_drawing", "compare_figures", "compare_round_figures", "tune_figures"},
     "gguf": set(),
+    "tensorboard": set(),
+    "wandb": {"tracker_backends"},
+    "trackio": {"tracker_backends"},
+    "mlflow": {"tracker_backends"},
     "optuna": {"tune_sampler"},
 }
 FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

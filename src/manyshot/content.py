@@ -21,6 +21,8 @@ LATER: dict[str, dict[str, Any]] = {
     "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0},
     "evaluation": {},
 }
+# sections that decide nothing of what is done
+UNNAMED = ("trackers",)
 
 
 def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,4 +33,8 @@ def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def keyed_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a run's recipe, by section."""
-    return {name: keyed(name, part) if name in LATER and name != "tasks" else part for name, part in settings.items()}
+    return {
+        name: keyed(name, part) if name in LATER and name != "tasks" else part
+        for name, part in settings.items()
+        if name not in UNNAMED
+    }

@@ -36,6 +36,8 @@ from manyshot.seeding import derive_seed, permutation
 from manyshot.start_adapters import adapter_seed, freeze_factor
 from manyshot.tasks import Encoded, Task, encode_all, training_order
 from manyshot.tensors import Checkpoint, file_digest
+from manyshot.tracker_backends import Part
+from manyshot.trackers import tracker_callbacks
 from manyshot.trainer import CompletionTrainer, Extras, learning_rate_multipliers, make_trainer
 
 RECORD = "local_update.json"
@@ -60,6 +62,7 @@ class LocalUpdateJob:
     mixed: tuple[Task, ...] = ()  # joint fine-tuning on these tasks at once, in place of `task`
     validated: bool = True  # whether anyone asks for the expert's validation loss
     optimizer_state: Path | None = None  # what the task's optimizer ended the round before with, where it goes on
+    tracked: Part | None = None  # as what trackers know it
 
     @property
     def keeps_optimizer(self) -> bool:
@@ -186,7 +189,8 @@ def _train(
     timing = progress.timed(
         "local_update", job.round_index, job.task.name, total=job.num_steps, tokens=num_tokens, steps=job.num_steps
     )
-    with tempfile.TemporaryDirectory() as scratch, timing as timed:
+    tracking = tracker_callbacks(job.tracked, progress.message)
+    with tempfile.TemporaryDirectory() as scratch, tracking as callbacks, timing as timed:
         trainer = make_trainer(
             model,
             tokenizer,
@@ -202,6 +206,7 @@ def _train(
             extras=Extras(
                 job.optimizer_state, 1.0 if job.mixed else job.task.spec.loss_scale, job.recipe.local_update.proximal
             ),
+            callbacks=callbacks,
         )
         trainer.train()
     return trainer

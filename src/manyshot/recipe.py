@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
 from manyshot.task_spec import Count, Section, SourceSpec, TaskSpec
+from manyshot.tracker_spec import Trackers
 from manyshot.training_spec import LocalUpdate, Protocol
 
 # the parts of a recipe that are declared elsewhere are found here too
@@ -98,6 +99,7 @@ class Recipe(Section):
     merge: Merge = Merge()
     local_update: LocalUpdate = LocalUpdate()
     evaluation: Evaluation = Evaluation()
+    trackers: Trackers = Trackers()
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

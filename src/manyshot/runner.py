@@ -29,6 +29,7 @@ from manyshot.rounds import run_rounds
 from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
+from manyshot.trackers import check_trackers, open_tracking
 from manyshot.workload import workload
 
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -70,6 +71,7 @@ def run(
     check_folder(folder, resume=resume, force=force)
     with disk_errors(output), preserved_random_state():
         began = time.time()
+        check_trackers(recipe.trackers)
         inputs = check_inputs(recipe)
         if force and not resume:
             remove(output)  # only now that everything else is known to be fine
@@ -82,7 +84,10 @@ def run(
         for warning in operator_warnings(recipe):
             progress.message(f"warning: {warning}")
         progress.message(f"computing in {choose_placement(recipe.local_update).text}")
-        current = Run(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress)
+        tracking = open_tracking(recipe, folder, progress)
+        current = Run(
+            recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress, tracking=tracking
+        )
         scores = run_rounds(current)
         check_merged(current, scores)
         progress.record("end")
@@ -123,7 +128,9 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
             old = yaml.safe_load(folder.recipe.read_text("utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
-        changed = differences(old, yaml.safe_load(text))
+        # trackers decide nothing, so that they may be others when a run goes on
+        found = differences(old, yaml.safe_load(text))
+        changed = [line for line in found if not line.startswith(("trackers.", "trackers:"))]
         if changed:
             raise RunFolderError(
                 f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; use --force to start over"

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from manyshot.operators import Metis
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, TaskSpec
+from manyshot.tracker_spec import Trackers
 
 HEAD = """\
 # A recipe for manyshot: `manyshot validate` checks it, `manyshot plan` says its cost, `manyshot run` runs it.
@@ -37,7 +38,12 @@ def starter_recipe() -> str:
         "",
         "overrides: {}".ljust(44) + "# by tensor name: {'*.mlp.*': {scaling: 0.5}}; the last pattern that fits wins",
     ]
-    for name, section in (("merge", Merge), ("local_update", LocalUpdate), ("evaluation", Evaluation)):
+    for name, section in (
+        ("merge", Merge),
+        ("local_update", LocalUpdate),
+        ("evaluation", Evaluation),
+        ("trackers", Trackers),
+    ):
         parts += ["", f"{name}:", *_lines(section)]
     return "\n".join([*parts, "", "seed: 0", ""])
 

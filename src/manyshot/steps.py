@@ -15,6 +15,7 @@ from manyshot.progress import Progress
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder
 from manyshot.tasks import Task
+from manyshot.trackers import Tracking
 
 Json = dict[str, Any]
 
@@ -33,6 +34,8 @@ class Run:
     trial: bool = False
     # local updates from the pretrained model that other runs share, by key
     shared: Path | None = None
+    # where the curves are sent
+    tracking: Tracking | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

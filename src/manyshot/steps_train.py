@@ -141,6 +141,7 @@ def _job(run: Run, task: Task, start: ModelState, round_index: int, steps: Steps
         # a trial asks for nothing that its operator does not need; what is shared, others may need
         validated=not run.trial or start == run.pretrained or _needs_losses(recipe),
         optimizer_state=kept,
+        tracked=run.tracking.part(folder) if run.tracking is not None else None,
     )
 
 

@@ -49,6 +49,9 @@ RESERVED = {
     "dataset_kwargs": "tasks",
     "logging_steps": "metrics.jsonl",
     "logging_strategy": "metrics.jsonl",
+    "report_to": "trackers",
+    "run_name": "trackers",
+    "project": "trackers",
 }
 
 
@@ -159,6 +162,7 @@ def make_trainer(
     scratch: str,
     on_step: Callable[[int, float | None], None],
     extras: Extras | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> CompletionTrainer:
     """A trainer that takes exactly `len(multipliers)` steps over the examples, in their order."""
     trainer = CompletionTrainer(
@@ -171,7 +175,8 @@ def make_trainer(
     trainer.multipliers = multipliers
     trainer.extras = extras or Extras()
     trainer.remove_callback(PrinterCallback)  # the library never prints
-    trainer.add_callback(_StepCallback(trainer.step_losses, on_step))
+    for callback in (_StepCallback(trainer.step_losses, on_step), *callbacks):
+        trainer.add_callback(callback)
     return trainer
 
 
