@@ -38,6 +38,7 @@ COMMANDS = (
     "serve",
     "report",
     "push",
+    "export",
 )
 
 
@@ -113,6 +114,10 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "serve": {"--port"},
         "report": {"--output", "--json"},
         "push": {"--public", "--yes"},
+        "export": {
+            *{"--format", "--output", "--round", "--dtype", "--max-shard-size", "--rank", "--energy", "--drop-rest"},
+            *{"--no-measure", "--quiet", "--json"},
+        },
     }[command]
     callback = next(
         c.callback for c in app.registered_commands if c.callback and command in (c.name, c.callback.__name__)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manyshot import export
 from manyshot.errors import RunFolderError
-from manyshot.export import export_model
+from manyshot.export import copy_side_files, export_model
 from manyshot.rundir import write_json
 from manyshot.task_vector import StoredTaskVector
 from manyshot.tensor_writer import write_tensors
@@ -85,6 +85,21 @@ def test_export_model_copies_side_files_byte_for_byte_and_no_weights(
     assert {file.name for file in (tmp_path / "out").iterdir()} == kept
     for name in kept - {"model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_copy_side_files_takes_subfolders_whole_or_not_at_all(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    kept = ("config.json", "additional_chat_templates/tool_use.jinja", "code/deep/model.py", "code/README.md")
+    left_out = ("original/consolidated.00.pth", "original/params.json", "onnx/model.onnx", "onnx/config.json")
+    left_out += (".cache/x.json", "checkpoint-10/config.json", "code/__pycache__/model.pyc", "code/.hidden/x")
+    left_out += ("export.json", "merge.json", "Modelfile", "README.md")  # what the folder says of itself
+    for name in (*kept, *left_out):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name, "utf-8")
+    target.mkdir()
+    copy_side_files(source, target, None)
+    found = {file.relative_to(target).as_posix(): file.read_text() for file in target.rglob("*") if file.is_file()}
+    assert found == {name: name for name in kept}
 
 
 def test_export_model_casts_floats_once_and_says_so_in_the_config(

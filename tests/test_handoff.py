@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,10 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+import manyshot
+from manyshot.cli import app
 from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, RunFolderError
 from manyshot.export_command import ExportOptions, ExportResult, export
 from manyshot.rundir import read_json
@@ -374,3 +381,79 @@ def test_modelfile_reads_what_llama_cpp_writes_and_ends_where_the_model_does(run
     assert record["chat_template"]["text"] is not None
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     assert tokenizer.chat_template
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_export_command_prints_what_comes_next_and_the_folder_last(run: RunResult, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = CliRunner().invoke(app, ["export", str(run.folder), "-f", "adapter", "--rank", "2", "-o", str(out)])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    assert lines[-1] == str(out)
+    assert any(line.startswith("rank 2, 8 modules; relative error 0.") for line in lines)
+    assert any(line.startswith("letters: validation loss ") and " pretrained" in line for line in lines)
+    record = read_json(out / "export.json")
+    for hint in record["commands"]:
+        for line in hint["lines"]:
+            assert f"    {line}" in lines
+    quiet = CliRunner().invoke(app, ["export", str(run.folder), "-o", str(tmp_path / "model"), "--quiet"])
+    assert quiet.stdout == f"{tmp_path / 'model'}\n"
+    told = CliRunner().invoke(app, ["export", str(run.folder), "-f", "mergekit", "-o", str(tmp_path / "m"), "--json"])
+    assert json.loads(told.stdout)["mergekit"]["method"] == "task_arithmetic"
+
+
+def test_export_run_does_the_same_from_python(run: RunResult, tmp_path: Path) -> None:
+    result = manyshot.export_run(run.folder, tmp_path / "out", "adapter", rank=1, measure=False)
+    assert result.record == read_json(tmp_path / "out" / "export.json")
+    assert result.record["adapter"]["rank"] == 1
+    assert result.record["adapter"]["losses"] is None
+
+
+def test_export_command_is_refused_by_name(run: RunResult, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["export", str(run.folder), "--round", "7", "-o", str(tmp_path / "out")])
+    assert isinstance(refused.exception, RunFolderError)
+    assert "round 7 does not exist" in str(refused.exception)
+
+
+# ---- lm-evaluation-harness, as people call it ------------------------------------------------------------------------
+
+
+def harness_task(folder: Path, data: Path) -> None:
+    """A task file of the harness for a local file with choices."""
+    task = {
+        "task": "letters_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    folder.mkdir()
+    (folder / "letters_choice.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_lm_eval_reads_model_and_adapter_by_the_printed_commands(run: RunResult, runs: Runs, tmp_path: Path) -> None:
+    harness_task(tmp_path / "tasks", runs.folder / "data" / "letters.test.jsonl")
+    model = export_as("model", run, tmp_path / "model").record
+    adapter = export_as("adapter", run, tmp_path / "adapter", energy=1.0, no_measure=True).record
+    found = []
+    for record in (model, adapter):
+        words = shlex.split(snippet(record, "lm-evaluation-harness"))
+        words[words.index("arc_easy")] = "letters_choice"
+        words[0] = str(Path(sys.executable).parent / words[0])
+        scores = tmp_path / f"{record['format']}-scores"
+        words += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(scores)]
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(words, env=os.environ | offline, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results = next(scores.rglob("results_*.json"))
+        found.append(read_json(results)["results"]["letters_choice"]["acc,none"])
+    assert found[0] == found[1]
+    assert 0 <= found[0] <= 1

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from manyshot.errors import ManyshotError as ManyshotError
     from manyshot.eval_command import EvalResult as EvalResult
     from manyshot.eval_command import evaluate_model as evaluate_model
+    from manyshot.export_command import ExportResult as ExportResult
+    from manyshot.export_command import export_run as export_run
     from manyshot.harness import HarnessSettings as HarnessSettings
     from manyshot.merge_recipe import MergeRecipe as MergeRecipe
     from manyshot.operators import OPERATORS as OPERATORS
@@ -52,6 +54,8 @@ _PUBLIC = {
     "tune": "manyshot.api",
     "evaluate_model": "manyshot.eval_command",
     "EvalResult": "manyshot.eval_command",
+    "export_run": "manyshot.export_command",
+    "ExportResult": "manyshot.export_command",
     "HarnessSettings": "manyshot.harness",
     "RunResult": "manyshot.runner",
     "Recipe": "manyshot.recipe",
@@ -84,6 +88,7 @@ __all__ = [
     "ConsensusTA",
     "Dare",
     "EvalResult",
+    "ExportResult",
     "HarnessSettings",
     "IsoC",
     "ManyshotError",
@@ -104,6 +109,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate_model",
+    "export_run",
     "load_recipe",
     "merge",
     "merge_whole",

@@ -82,6 +82,27 @@ def export(
     return ExportResult(output, read_json(output / RECORD_NAME))
 
 
+def export_run(
+    run: str | Path,
+    output: str | Path,
+    format: Format = "model",
+    *,
+    round_index: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    drop_rest: bool = False,
+    measure: bool = True,
+) -> ExportResult:
+    """Write a finished round of a run into the folder `output`, as `manyshot export` does; see docs/export.md.
+
+    Raises manyshot.ManyshotError for what cannot be exported; then nothing is left under `output`.
+    """
+    shown = (format, round_index, dtype, max_shard_size, rank, energy, drop_rest, not measure)
+    return export(Path(run), Path(output), ExportOptions(*shown))
+
+
 def check_options(options: ExportOptions) -> None:
     """Refuse values out of range, and options of another format."""
     if options.format not in FORMATS:

@@ -1,6 +1,6 @@
 """As much of Go's text/template as a chat template needs, to see what one of ours says before Ollama does.
 
-Actions: fields, `$` and variables, strings, numbers, `eq`, `and`, `len`, `slice`; `if`, `else if`, `else`, `range`,
+Actions: `.`, fields, `$` and variables, strings, numbers, `eq`, `and`, `len`, `slice`; `if`, `else if`, `else`, `range`,
 `end`, `:=` and `=`. Everything else is an error, so nothing is ever rendered in another way than Go would.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTION = re.compile(r"\{\{((?:\"(?:\\.|[^\"\\])*\"|[^\"{}])*)\}\}", re.DOTALL)
-TOKEN = re.compile(r'\s*("(?:\\.|[^"\\])*"|\d+|\$?\.[A-Za-z]\w*|\$\w*|[A-Za-z]\w*|:=|=|,|\(|\))')
+TOKEN = re.compile(r'\s*("(?:\\.|[^"\\])*"|\d+|\$?\.[A-Za-z]\w*|\.|\$\w*|[A-Za-z]\w*|:=|=|,|\(|\))')
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eq": lambda one, other: one == other,
     "and": lambda one, other: other if one else one,
@@ -185,11 +185,9 @@ def _operand(tokens: list[str], dot: Any, variables: Mapping[str, Any]) -> tuple
     if token.isdecimal():
         return int(token), rest
     name, _, attribute = token.partition(".")
-    if name.startswith("$") and name not in variables:
-        raise GoTemplateError(f"no variable {name}")
+    if name and name not in variables:
+        raise GoTemplateError(f"unknown: {name}")
     holder = variables[name] if name else dot
     if attribute and attribute not in holder:
         raise GoTemplateError(f"no field {token}")
-    if not name and not attribute:
-        raise GoTemplateError(f"unknown: {token}")
     return (holder[attribute] if attribute else holder), rest
