@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,12 @@ def test_python_has_the_same(tmp_path: Path) -> None:
     result = manyshot.report(folder)
     assert result == manyshot.report([str(folder)])
     assert result.html == folder / "report.html" and result.markdown == folder / "report.md"
+
+
+def test_reports_are_made_without_torch() -> None:
+    probe = "import sys, manyshot.report_command; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.fixture(scope="module")
