@@ -1,7 +1,7 @@
 """As much of Go's text/template as a chat template needs, to see what one of ours says before Ollama does.
 
-Actions: `.`, fields, `$` and variables, strings, numbers, `eq`, `and`, `len`, `slice`; `if`, `else if`, `else`, `range`,
-`end`, `:=` and `=`. Everything else is an error, so nothing is ever rendered in another way than Go would.
+Actions: `.`, fields, `$` and variables, strings, numbers, `eq`, `and`, `len`, `slice`; `if`, `else if`, `else`,
+`range`, `end`, `:=` and `=`. Everything else is an error, so nothing is ever rendered in another way than Go would.
 """
 
 from __future__ import annotations
