@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import MakeRecipe
+from manyshot.allocation import Steps
 from manyshot.errors import ModelError
 from manyshot.executors import LocalExecutor
 from manyshot.inputs import check_inputs
@@ -75,5 +76,5 @@ def test_attention_is_part_of_what_a_local_update_depends_on(make_recipe: MakeRe
         inputs = check_inputs(recipe)
         made = Run(recipe, RunFolder(tmp_path), inputs.base, inputs.tasks, LocalExecutor(), Progress())
         folders = [tmp_path / name for name in made.names]
-        keys += [job.key for job in local_update_jobs(made, made.pretrained, 1, 2, 0, folders)]
+        keys += [job.key for job in local_update_jobs(made, [made.pretrained] * 3, 1, [Steps(2, 0)] * 3, folders)]
     assert len(set(keys)) == 6

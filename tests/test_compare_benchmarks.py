@@ -177,6 +177,7 @@ def test_losses_stay_those_of_the_test_splits(done: CompareResult) -> None:
         "tasks": list(PAIR),
         "scored": ["pick", "never", "numbers"],
         "seeds": [0],
+        "against": None,
     }
 
 
