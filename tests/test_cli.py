@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
@@ -255,27 +254,6 @@ def test_events_name_round_task_and_phase() -> None:
     event = Event("end", "local_update", 2, "math", values={"seconds": 2.0, "tokens": 300, "steps": 10})
     assert where(event) == "round 2, math: training"
     assert finished_training(event) == "round 2, math: training: 10 steps in 2.0 s, 150 tokens/s"
-
-
-def test_bars_show_round_task_and_loss_on_a_terminal() -> None:
-    from rich.console import Console
-
-    from manyshot.cli_view import BarView
-
-    written = io.StringIO()
-    view = BarView(Console(file=written, force_terminal=True, width=120))
-    view.listen(Event("start", "local_update", 2, "math", total=10))
-    view.listen(Event("advance", "local_update", 2, "math", 7, 10, loss=1.25))
-    view.bars.refresh()
-    view.listen(Event("end", "local_update", 2, "math", 10, 10, values={"seconds": 2.0, "tokens": 300, "steps": 10}))
-    view.listen(Event("message", "message", text="weights [bold]math[/bold] 0.5"))
-    view.close()
-    shown = written.getvalue()
-    assert "round 2, math: training" in shown
-    assert "7/10" in shown
-    assert "loss 1.250" in shown
-    assert "150 tokens/s" in shown
-    assert "[bold]math[/bold]" in shown  # what comes from a run is shown as it is, never as markup
 
 
 def test_public_functions_are_no_modules_however_often_they_are_asked_for() -> None:

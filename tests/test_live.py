@@ -126,6 +126,23 @@ def test_live_view_shows_names_from_a_run_as_they_are(runs: Runs, seen: Any) -> 
     assert strange in written.getvalue()
 
 
+def test_live_view_shows_steps_and_loss_of_what_goes_on_and_messages_as_they_are(seen: Any) -> None:
+    written = io.StringIO()
+    view = LiveView(Console(file=written, force_terminal=True, width=120, height=40), seen[0])
+    view.listen(Event("message", "message", text="weights [bold]math[/bold] 0.5"))
+    view.listen(Event("start", "local_update", 2, "letters", total=10))
+    view.listen(Event("advance", "local_update", 2, "letters", 7, 10, loss=1.25))
+    assert view.state is not None
+    unfinished = replace(view.state, next=step("train", "round 2", "letters"), finished=False, left=90.0)
+    view.state = unfinished
+    view.live.refresh()
+    view.close()
+    shown = written.getvalue()
+    assert "weights [bold]math[/bold] 0.5" in shown
+    assert "round 2, letters: training" in shown and "7/10" in shown and "loss 1.250" in shown
+    assert "about 1 min 30 s left" in shown
+
+
 def test_wide_tables_show_less_of_a_cell_then_fewer_tasks() -> None:
     tasks = [f"task_{i}" for i in range(11)]
     assert fitting(tasks[:4], 140) == (tasks[:4], 16)

@@ -11,15 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -47,51 +38,6 @@ def where(event: Event) -> str:
     """`round 2, math: training`."""
     place = f"round {event.round_index}" if event.round_index else "start"
     return f"{place}{', ' + event.task if event.task else ''}: {TITLES.get(event.phase, event.phase)}"
-
-
-class BarView:
-    """One bar per long step, with loss and time left, on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.current: TaskID | None = None
-        self.bars.start()
-
-    def listen(self, event: Event) -> None:
-        if event.kind == "message":
-            self.say(event.text)
-        elif event.kind == "start" and event.total:
-            self._clear()
-            self.current = self.bars.add_task(escape(where(event)), total=event.total, loss="")
-        elif event.kind == "advance" and self.current is not None:
-            loss = f"loss {event.loss:.3f}" if event.loss is not None else ""
-            self.bars.update(self.current, completed=event.done, loss=loss)
-        elif event.kind == "end":
-            self._clear()
-            if event.phase == "local_update":
-                self.say(finished_training(event))
-
-    def say(self, text: str) -> None:
-        self.console.print(escape(text), highlight=False)
-
-    def close(self) -> None:
-        self._clear()
-        self.bars.stop()
-
-    def _clear(self) -> None:
-        if self.current is not None:
-            self.bars.remove_task(self.current)
-            self.current = None
 
 
 class PlainView:
@@ -148,15 +94,15 @@ def finished_training(event: Event) -> str:
 
 
 @contextmanager
-def open_view(*, quiet: bool, as_json: bool, on_terminal: Callable[[Console], View] | None = None) -> Iterator[View]:
-    """The view for where output goes: `on_terminal`, or bars, on a terminal, plain lines elsewhere."""
+def open_view(*, quiet: bool, as_json: bool, on_terminal: Callable[[Console], View]) -> Iterator[View]:
+    """The view for where output goes: the given one on a terminal, plain lines elsewhere."""
     view: View
     if as_json:
         view = JsonView()
     elif quiet:
         view = QuietView()
     elif sys.stdout.isatty():
-        view = (on_terminal or BarView)(make_console())
+        view = on_terminal(make_console())
     else:
         view = PlainView()
     try:
