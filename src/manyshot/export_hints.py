@@ -57,6 +57,7 @@ def adapter_hints(output: Path, base: Path, base_dtype: str, rank: int, *, chat:
     vllm = (
         Hint("vLLM", (serve,)) if allowed else Hint("vLLM", (), f"rank {rank} is above its largest, {VLLM_RANKS[-1]}")
     )
+    template = " --chat-template" if chat else ""
     gguf, lora = output / "base.gguf", output / f"{name}-lora.gguf"
     convert = (
         f"python convert_lora_to_gguf.py {adapter} --base {shlex.quote(str(base))} --outfile {shlex.quote(str(lora))}"
@@ -65,7 +66,7 @@ def adapter_hints(output: Path, base: Path, base_dtype: str, rank: int, *, chat:
         vllm,
         Hint("transformers and PEFT", _python(base, output, chat=chat)),
         _lm_eval(base, output, chat=chat),
-        Hint("manyshot", (f"manyshot eval {adapter} --base {shlex.quote(str(base))} --tasks arc_easy",)),
+        Hint("manyshot", (f"manyshot eval {adapter} --base {shlex.quote(str(base))} --tasks arc_easy{template}",)),
         Hint(
             "llama.cpp",
             (
