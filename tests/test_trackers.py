@@ -5,6 +5,7 @@ TensorBoard is the real one; wandb, trackio and mlflow are stand-ins with the ca
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from manyshot.errors import MissingExtraError, RecipeError, TrackerError
 from manyshot.progress import Event
+from manyshot.recipe_file import recipe_from_mapping
 from manyshot.rundir import read_json
 from manyshot.runner import run
 from manyshot.trackers import check_trackers, part_id, round_values
@@ -117,6 +120,14 @@ def test_packages_that_are_not_there_are_named_before_anything_starts(runs: Runs
         with pytest.raises(missing[0], match=missing[1]):
             run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_section_in_the_docs_loads(runs: Runs) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "trackers.md").read_text("utf-8")
+    section = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["trackers"]
+    trackers = recipe_from_mapping(copy.deepcopy(runs.mapping) | {"trackers": section}).trackers
+    assert (trackers.names, trackers.group, trackers.tags) == (("tensorboard",), "first-try", ("laptop",))
+    assert runs.recipe().trackers.names == ()
 
 
 def test_unknown_trackers_and_the_trainers_own_reporting_are_refused(runs: Runs) -> None:
