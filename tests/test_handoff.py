@@ -23,10 +23,11 @@ import manyshot
 from manyshot.cli import app
 from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, RunFolderError
 from manyshot.export_command import ExportOptions, ExportResult, export
+from manyshot.export_folder import check_written
 from manyshot.rundir import read_json
 from manyshot.runner import RunResult
 from manyshot.task_vector import StoredTaskVector
-from manyshot.tensors import Checkpoint, file_digest
+from manyshot.tensors import Checkpoint, TensorInfo, file_digest
 from merge_helpers import read_model, same_bits
 from run_helpers import Runs, load_tensors, round_folder
 
@@ -415,6 +416,28 @@ def test_export_command_is_refused_by_name(run: RunResult, tmp_path: Path) -> No
     refused = CliRunner().invoke(app, ["export", str(run.folder), "--round", "7", "-o", str(tmp_path / "out")])
     assert isinstance(refused.exception, RunFolderError)
     assert "round 7 does not exist" in str(refused.exception)
+
+
+def test_export_that_is_interrupted_leaves_nothing(
+    run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(source: Any, tasks: Any, adapter: Path) -> None:
+        assert (adapter / "adapter_model.safetensors").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("manyshot.export_command.measure_losses", interrupt)
+    done = CliRunner().invoke(app, ["export", str(run.folder), "-f", "adapter", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_is_read_again(run: RunResult, tmp_path: Path) -> None:
+    wanted = {name: Checkpoint(run.merged).info(name) for name in Checkpoint(run.merged).names}
+    check_written(run.merged, wanted)
+    with pytest.raises(ModelError, match=r"tensor 'more\.weight' should be .*, written is None"):
+        check_written(run.merged, wanted | {"more.weight": TensorInfo((2,), "F32")})
+    with pytest.raises(ModelError, match=r"tensor 'model\.norm\.weight' should be .*BF16"):
+        check_written(run.merged, wanted | {"model.norm.weight": TensorInfo((32,), "BF16")})
 
 
 # ---- lm-evaluation-harness, as people call it ------------------------------------------------------------------------
