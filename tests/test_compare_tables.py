@@ -78,7 +78,7 @@ def test_table_1_names_what_is_missing_and_marks_its_means(grid: Grid) -> None:
     close(row["loss_difference"], -0.5, None, 1)  # seed 0 alone has both
     text = markdown(table)
     assert "| 2.050 ± 0.050† | 1.600 ± 0.100† | −0.500† |" in text
-    assert "TIES, post-hoc, seed 2 is missing" in text
+    assert "small, four, seed 2 is missing for TIES, post-hoc." in text
     assert "TIES, many-shot, seed 1 failed (out of memory in round 2)" in text
     assert "small, four, seed 1: the expert scores 0 on math" in text
     assert "large, four, seed 1" not in text

@@ -180,18 +180,18 @@ class Grid:
     # ---- what is missing ---------------------------------------------------------------------------------------------
 
     def missing(self, groups: Sequence[Group]) -> list[str]:
-        """A line for every cell that is not done or whose loss is not a number."""
-        lines = []
+        """A line for every cell that failed or whose loss is not a number, and one for all that a seed lacks."""
+        lines, lacking = [], dict[str, list[str]]()
         for group in groups:
             for seed, cell in self.cells(group).items():
                 where = f"{group.model}, {group.task_set}: {self.name(group)}, seed {seed}"
                 if cell["status"] == "failed":
                     lines.append(f"{where} failed ({_short(str(cell.get('error') or 'no reason given'))}).")
                 elif cell["status"] != "done":
-                    lines.append(f"{where} is missing.")
+                    lacking.setdefault(f"{group.model}, {group.task_set}, seed {seed}", []).append(self.name(group))
                 elif cell["multi_task_loss"] is None:
                     lines.append(f"{where}: its loss is not a finite number.")
-        return lines
+        return lines + [f"{where} is missing for {'; '.join(names)}." for where, names in lacking.items()]
 
     def undefined(self, models: Iterable[str], task_set: str) -> list[str]:
         """A line for every seed in which normalized performance is not defined for some task, or for all."""
