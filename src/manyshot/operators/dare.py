@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from manyshot import kernels
-from manyshot.operators._base import FractionPerRound, Operator, PerRound, Weighting, one
+from manyshot.operators._base import FractionPerRound, Operator, PerRound, Weighting, one, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Dare(Operator):
     """
 
     name: Literal["dare"] = "dare"
-    density: FractionPerRound = 0.2
-    scaling: PerRound | Literal["auto"] = 0.4
-    then: Literal["task_arithmetic", "ties"] = "task_arithmetic"
-    rescale: bool = True
+    density: FractionPerRound = setting(0.2, "p: share of the entries that stay; DARE's drop rate is 1 − p")
+    scaling: PerRound | Literal["auto"] = setting(0.4, "β: multiplies the merged vector")
+    then: Literal["task_arithmetic", "ties"] = setting("task_arithmetic", "how the thinned vectors are put together")
+    rescale: bool = setting(True, "divide by p, so that every entry keeps its expectation")
 
     weighting: ClassVar[Weighting] = "multiplier"
 

@@ -16,6 +16,7 @@ from manyshot.operators._base import (
     ThresholdPerRound,
     Tile,
     one,
+    setting,
 )
 from manyshot.operators._norm import NormScan
 
@@ -40,16 +41,33 @@ class Metis(Operator):
     """
 
     name: Literal["metis"] = "metis"
-    temperature: PerRound | Literal["auto"] = 2.0
-    gap: Literal["absolute", "relative", "over_expert", "over_start", "none"] = "absolute"
-    effective_tasks: Positive | None = None
-    weight_memory: MemoryPerRound = 0.0
-    mask: bool | Literal["soft"] = True
-    vote: Literal["weighted", "unweighted"] = "weighted"
-    mask_threshold: ThresholdPerRound = 0.3
-    min_agreement: CountPerRound = 2
-    rescale: Literal["none", "norm"] = "none"
-    scaling: PerRound | Literal["auto"] = 1.0
+    temperature: PerRound | Literal["auto"] = setting(
+        2.0, "λ: small lets the task with the largest loss gap take all weight; auto: see effective_tasks"
+    )
+    gap: Literal["absolute", "relative", "over_expert", "over_start", "none"] = setting(
+        "absolute",
+        "relative: as a share of what the expert gained; over_expert, over_start: of a loss; none: all weigh alike",
+    )
+    effective_tasks: Positive | None = setting(
+        None, "with temperature: auto, exp(H(α)) to aim at; 3/4 of the tasks when not given"
+    )
+    weight_memory: MemoryPerRound = setting(
+        0.0, "μ: how much of the round before's weights is kept, log α = μ log α′ + G/λ"
+    )
+    mask: bool | Literal["soft"] = setting(
+        True, "false merges the weighted sum as it is; soft keeps the share of the votes that agree"
+    )
+    vote: Literal["weighted", "unweighted"] = setting(
+        "weighted", "unweighted: tasks vote on their vectors themselves, whatever their weights"
+    )
+    mask_threshold: ThresholdPerRound = setting(
+        0.3, "δ: how strongly a task must stand against the rest; 0 keeps every coordinate"
+    )
+    min_agreement: CountPerRound = setting(2, "k: tasks that must vote for a coordinate; at most all of them")
+    rescale: Literal["none", "norm"] = setting("none", "norm gives each tensor the norm that it had without the mask")
+    scaling: PerRound | Literal["auto"] = setting(
+        1.0, "β: multiplies the merged task vector; one value, one per round, or auto (a line search)"
+    )
 
     uses_loss_gaps: ClassVar[bool] = True
 

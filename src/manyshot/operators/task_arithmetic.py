@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from manyshot import kernels
-from manyshot.operators._base import Operator, PerRound, Weighting, one
+from manyshot.operators._base import Operator, PerRound, Weighting, one, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class TaskArithmetic(Operator):
     """M(v) = β Σ_τ w_τ v_τ, with w_τ = 1 unless given; β is `scaling`."""
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
-    scaling: PerRound | Literal["auto"] = 0.4
+    scaling: PerRound | Literal["auto"] = setting(0.4, "β: multiplies the sum")
 
     weighting: ClassVar[Weighting] = "multiplier"
     sums: ClassVar[bool] = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from manyshot import kernels
-from manyshot.operators._base import FractionPerRound, Operator, PerRound, Scan, Tile, Weighting, one
+from manyshot.operators._base import FractionPerRound, Operator, PerRound, Scan, Tile, Weighting, one, setting
 from manyshot.operators._trim import TrimScan
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ class Ties(Operator):
     """
 
     name: Literal["ties"] = "ties"
-    density: FractionPerRound = 0.2
-    scaling: PerRound | Literal["auto"] = 1.0
-    trim_scope: Literal["tensor", "model"] = "tensor"
+    density: FractionPerRound = setting(0.2, "share of each task vector's entries that stay")
+    scaling: PerRound | Literal["auto"] = setting(1.0, "β: multiplies the merged vector")
+    trim_scope: Literal["tensor", "model"] = setting("tensor", "the largest of each tensor, or of all together")
 
     weighting: ClassVar[Weighting] = "multiplier"
 
