@@ -27,7 +27,7 @@ from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
 from manyshot.operators import OPERATORS
 from manyshot.recipe_file import compare_recipe_from_mapping, to_yaml
-from manyshot.rundir import PARTIAL, read_json, write_json, write_text
+from manyshot.rundir import is_passing, read_json, write_json, write_text
 from manyshot.runner import PACKAGES, differences, package_version
 
 PLACEMENT_KEYS = ("device", "dtype", "attn_implementation")
@@ -73,8 +73,8 @@ def claim(folder: CompareFolder, recipe: CompareRecipe, *, resume: bool, extend:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: is a file, not a folder")
-    # what a kill in the very first writes leaves is nothing yet
-    if not path.is_dir() or all(file.name.endswith(PARTIAL) or file == folder.environment for file in path.iterdir()):
+    # a kill may have come after the first of the two files that are written first
+    if not path.is_dir() or all(is_passing(file) or file == folder.environment for file in path.iterdir()):
         return
     if not (resume or extend or force):
         raise RunFolderError(

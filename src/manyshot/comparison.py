@@ -34,7 +34,8 @@ from manyshot.compare_trials import candidate_of, settings_of, trial_job, tune
 from manyshot.disk import disk_errors
 from manyshot.executors import Executor, LocalExecutor, ProcessExecutor
 from manyshot.progress import Listener, Progress
-from manyshot.rundir import remove, write_json
+from manyshot.run_lock import clear, one_writer
+from manyshot.rundir import write_json
 
 Json = dict[str, Any]
 
@@ -67,11 +68,14 @@ def compare(
     """
     folder = CompareFolder(output)
     claim(folder, recipe, resume=resume, extend=extend, force=force)
-    with disk_errors(output), ExitStack() as stack:
+    with disk_errors(output), one_writer(output) as before, ExitStack() as stack:
+        claim(folder, recipe, resume=resume, extend=extend, force=force)  # now that nobody else changes it
         progress = Progress(listener)
+        if before is not None:
+            progress.message(f"{before} ended without finishing; what it left half written is removed")
         inputs = check_all_inputs(recipe, progress)
         if force and not (resume or extend):
-            remove(output)
+            clear(output)
         describe(folder, recipe, inputs, command)
         progress.metrics = folder.metrics
         executor: Executor = LocalExecutor()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -43,7 +45,7 @@ class ProcessExecutor:
         threads = max(1, (os.cpu_count() or 1) // workers)
         # a fresh interpreter for each: forked ones hang in the thread pools that torch has started
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, context, initializer=start, initargs=(threads,))
+        self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(start, threads))
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
         results: dict[int, Result] = {}
@@ -71,6 +73,19 @@ class ProcessExecutor:
         for process in list((self._pool._processes or {}).values()) if kind is not None else []:
             process.terminate()
         self._pool.shutdown(cancel_futures=True)
+
+
+def _begin(start: Callable[[int], None], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start(threads)
+
+
+def _end_with_parent() -> None:
+    """A killed parent's lock is free for others, so its workers may not go on writing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _run_job(function: Callable[[Job, Progress], Result], job: Job) -> tuple[Result, list[str]]:

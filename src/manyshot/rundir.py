@@ -19,6 +19,8 @@ from typing import IO, Any
 from manyshot.errors import RunFolderError
 
 PARTIAL = ".partial"
+# who writes into the folder (run_lock.py)
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         name_file(error, path)
         remove(partial)
         raise
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a file is there only while something is written: what a kill in the very first writes leaves."""
+    return path.name.endswith(PARTIAL) or path.name == LOCK
 
 
 def name_file(error: BaseException, path: Path) -> None:

@@ -26,7 +26,8 @@ from manyshot.recipe import Recipe, operator_warnings
 from manyshot.recipe_file import to_yaml
 from manyshot.report_command import write_report
 from manyshot.rounds import run_rounds
-from manyshot.rundir import PARTIAL, RunFolder, read_json, read_lines, remove, write_json, write_text
+from manyshot.run_lock import clear, one_writer
+from manyshot.rundir import RunFolder, is_passing, read_json, read_lines, write_json, write_text
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
 from manyshot.trackers import check_trackers, open_tracking
@@ -69,18 +70,20 @@ def run(
     """
     folder = RunFolder(output)
     check_folder(folder, resume=resume, force=force)
-    with disk_errors(output), preserved_random_state():
+    with disk_errors(output), preserved_random_state(), one_writer(output) as before:
         began = time.time()
+        check_folder(folder, resume=resume, force=force)  # now that nobody else changes it
         check_trackers(recipe.trackers)
         inputs = check_inputs(recipe)
         if force and not resume:
-            remove(output)  # only now that everything else is known to be fine
+            clear(output)  # only now that everything else is known to be fine
         check_space(recipe, folder, inputs)
-        output.mkdir(parents=True, exist_ok=True)
         describe(recipe, folder, inputs, command)
         progress = Progress(listener, folder.metrics)
         progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
         progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens))
+        if before is not None:
+            progress.message(f"{before} ended without finishing; what it left half written is removed")
         for warning in operator_warnings(recipe):
             progress.message(f"warning: {warning}")
         progress.message(f"computing in {choose_placement(recipe.local_update).text}")
@@ -108,8 +111,7 @@ def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: is a file, not a folder")
-    # what a kill in the very first write leaves is nothing yet
-    occupied = path.is_dir() and any(not file.name.endswith(PARTIAL) for file in path.iterdir())
+    occupied = path.is_dir() and not all(is_passing(file) for file in path.iterdir())
     if not occupied:
         return
     if not (resume or force):

@@ -22,9 +22,9 @@ from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
 from manyshot.recipe_file import to_yaml
 from manyshot.rundir import (
-    PARTIAL,
     RunFolder,
     append_line,
+    is_passing,
     link_atomically,
     read_json,
     read_lines,
@@ -106,8 +106,8 @@ def claim(folder: TuneFolder, recipe: TuneRecipe, *, resume: bool, force: bool) 
     path = folder.path
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: is a file, not a folder")
-    # what a kill in the very first writes leaves is nothing yet
-    if not path.is_dir() or all(file.name.endswith(PARTIAL) or file == folder.environment for file in path.iterdir()):
+    # a kill may have come after the first of the two files that are written first
+    if not path.is_dir() or all(is_passing(file) or file == folder.environment for file in path.iterdir()):
         return
     if not (resume or force):
         raise RunFolderError(f"{path}: is not empty; --resume goes on with the search in it, --force deletes it first")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from manyshot.progress import Listener, Progress
 from manyshot.recipe import operator_warnings
 from manyshot.recipe_file import to_yaml
 from manyshot.rounds import merge_round, run_round
+from manyshot.run_lock import clear, one_writer
 from manyshot.rundir import read_json, remove, require_space, write_json, write_text
 from manyshot.runner import describe as describe_run
 from manyshot.seeding import derive_seed, preserved_random_state
@@ -95,17 +97,19 @@ def tune(
     require_optuna()
     folder = TuneFolder(output)
     claim(folder, recipe, resume=resume, force=force)
-    with disk_errors(output), preserved_random_state():
+    with disk_errors(output), preserved_random_state(), one_writer(output), ExitStack() as stack:
+        claim(folder, recipe, resume=resume, force=force)  # now that nobody else changes it
         progress = Progress(listener)
         progress.message("checking data and model")
         inputs = check_inputs(recipe.trial_recipe)
         reused = _reused(recipe, output)
         if force and not resume:
-            remove(output)
+            clear(output)
         # a float32 task vector for every round that is searched, and one for the trial
         num_kept = len(recipe.searched_rounds) + 1
         require_space(output, 4 * inputs.changed_entries * num_kept, f"{num_kept} task vectors")
         describe(folder, recipe, inputs, command)
+        stack.enter_context(one_writer(folder.run.path))  # which is a run that others may go on with
         progress.metrics = folder.metrics
         for warning in operator_warnings(recipe.trial_recipe):
             progress.message(f"warning: {warning}")
