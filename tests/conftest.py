@@ -31,8 +31,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def write_base(folder: Path) -> Path:
     """A model folder: 2 layers, width 32, tied embeddings, a word tokenizer with a chat template."""
-    folder = tmp_path_factory.mktemp("base")
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
     vocab = {word: i for i, word in enumerate([*specials, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

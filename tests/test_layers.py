@@ -16,7 +16,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
     "content": set(),
-    "rundir": {"errors"},
+    "yaml_text": set(),
+    "fault_points": set(),
+    "rundir": {"errors", "fault_points"},
     "process_mark": set(),
     "run_lock": {"errors", "process_mark", "rundir"},
     "progress": {"rundir"},
@@ -25,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"kernels", "operators"},
     "demo": {"demo"},
     "tensors": {"errors", "rundir"},
-    "tensor_writer": {"errors", "rundir", "tensors"},
+    "tensor_writer": {"errors", "fault_points", "rundir", "tensors"},
     "task_vector": {"errors", "kernels", "rundir", "tensors"},
     "engine": {"task_vector"},
     "merge_report": {"engine"},
@@ -69,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "recipe_file": {
         *{
+            "yaml_text",
             "compare_recipe",
             "errors",
             "merge_recipe",
@@ -80,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         },
     },
     "starter": {"operators", "recipe", "tracker_spec"},
-    "status": {"errors", "rundir"},
+    "status": {"yaml_text", "errors", "rundir"},
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
     "live_state": {"live_estimate", "live_metrics", "process_mark", "progress", "rundir", "status"},
@@ -123,7 +126,7 @@ ALLOWED: dict[str, set[str]] = {
     "normalize": set(),
     "evaluate": {"examples", "local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
     "disk": {"errors"},
-    "inspect_input": {"errors", "match", "reading", "rundir", "task_vector", "tensors"},
+    "inspect_input": {"yaml_text", "errors", "match", "reading", "rundir", "task_vector", "tensors"},
     "inspect_models": {"engine", "errors", "inspect_input", "merge_report", "reading", "task_vector"},
     "merge_gaps": {
         *{
@@ -139,7 +142,7 @@ ALLOWED: dict[str, set[str]] = {
         }
     },
     "merge_command": {
-        *{"export", "match", "tensors"},
+        *{"yaml_text", "export", "match", "tensors"},
         *{
             "base_model",
             "disk",
@@ -164,7 +167,17 @@ ALLOWED: dict[str, set[str]] = {
     "compare_plan": {"compare_recipe", "line_search", "recipe", "rundir"},
     "compare_gain": {"gap_weights", "normalize"},
     "compare_folder": {
-        *{"compare_methods", "compare_recipe", "content", "errors", "inputs", "models", "operators", "recipe_file"},
+        *{
+            "yaml_text",
+            "compare_methods",
+            "compare_recipe",
+            "content",
+            "errors",
+            "inputs",
+            "models",
+            "operators",
+            "recipe_file",
+        },
         *{"rundir", "runner"},
     },
     "compare_inputs": {
@@ -220,7 +233,7 @@ ALLOWED: dict[str, set[str]] = {
     "report_data": {"compare_gain", "normalize"},
     "report_examples": {"report_data", "rundir"},
     "report_resources": {"progress", "report_data", "rundir"},
-    "report_read": {"errors", "report_data", "report_examples", "report_resources", "rundir", "status"},
+    "report_read": {"yaml_text", "errors", "report_data", "report_examples", "report_resources", "rundir", "status"},
     "report_compare": {
         *{"compare_gain", "compare_grid", "compare_rounds", "compare_statistics", "errors", "report_data"},
         *{"report_examples", "report_read", "report_resources"},
@@ -253,13 +266,14 @@ ALLOWED: dict[str, set[str]] = {
         *{"adapters", "errors", "export", "gap_weights", "match", "models", "operators", "outer", "round_merge"},
         *{"rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
     },
-    "card_text": {"base_model", "compare_render"},
+    "card_text": {"yaml_text", "base_model", "compare_render"},
     "card": {"card_text", "compare_render", "normalize", "rundir", "steps", "task_spec"},
     "push": {"errors", "rundir", "status"},
     "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_guard", "steps_merge", "steps_train"},
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{
+            "yaml_text",
             "check_merged",
             "disk",
             "errors",
@@ -291,7 +305,7 @@ ALLOWED: dict[str, set[str]] = {
     "tune_plan": {"tune_recipe"},
     "tune_sampler": {"errors", "tune_space"},
     "tune_folder": {
-        *{"errors", "inputs", "models", "recipe_file", "rundir", "runner", "tune_recipe", "tune_sampler"},
+        *{"yaml_text", "errors", "inputs", "models", "recipe_file", "rundir", "runner", "tune_recipe", "tune_sampler"},
         *{"tune_space"},
     },
     "tune_results": {"tune_folder", "tune_recipe", "tune_sampler", "tune_space"},
@@ -303,7 +317,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"tune_folder", "tune_outputs", "tune_recipe", "tune_results", "tune_sampler", "tune_space"},
     },
     "go_template": set(),
-    "export_source": {"base_model", "errors", "operators", "recipe", "rundir", "status", "tensors"},
+    "export_source": {"yaml_text", "base_model", "errors", "operators", "recipe", "rundir", "status", "tensors"},
     "export_folder": {
         *{"errors", "export", "export_source", "recipe_file", "rundir", "task_vector", "tensors"},
     },

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from manyshot.errors import RunFolderError
+from manyshot.fault_points import passing
 
 PARTIAL = ".partial"
 # who writes into the folder (run_lock.py)
@@ -83,11 +84,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "wb") as stream:
+            passing("open", partial)
             yield stream
             stream.flush()
+            passing("write", partial)
+            passing("fsync", partial)
             os.fsync(stream.fileno())
-        os.replace(partial, path)
-        fsync_folder(path.parent)
+        _rename(partial, path)
     except BaseException as error:
         name_file(error, path)
         partial.unlink(missing_ok=True)
@@ -102,21 +105,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + PARTIAL)
     remove(partial)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
+        passing("open", partial)
         yield partial
+        passing("write", partial)
         for file in sorted(partial.rglob("*")):
             if file.is_file():
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
+        passing("fsync", partial)
         fsync_folder(partial)
         remove(path)
-        os.replace(partial, path)
-        fsync_folder(path.parent)
+        _rename(partial, path)
     except BaseException as error:
         name_file(error, path)
         remove(partial)
         raise
+
+
+def _rename(partial: Path, path: Path) -> None:
+    passing("rename", partial)
+    os.replace(partial, path)
+    passing("named", path)
+    fsync_folder(path.parent)
 
 
 def is_passing(path: Path) -> bool:
@@ -132,6 +144,8 @@ def name_file(error: BaseException, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder; nothing there is fine."""
+    if path.exists() or path.is_symlink():
+        passing("remove", path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -140,9 +154,7 @@ def remove(path: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically, with sorted keys and a final newline: the same value gives the same bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    with atomic_file(path) as stream:
-        stream.write(text.encode() + b"\n")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def content_key(*values: Any) -> str:
@@ -164,30 +176,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; one that says so already is left alone."""
+    blob = text.encode()
+    if path.is_file() and path.read_bytes() == blob:
+        return
     with atomic_file(path) as stream:
-        stream.write(text.encode())
+        stream.write(blob)
 
 
 def link_atomically(link: Path, target: Path) -> None:
     """Point the symbolic link `link` at `target` (relative), replacing an older link in one step."""
-    temporary = link.with_name(link.name + PARTIAL)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(temporary, link)
-    fsync_folder(link.parent)
+    wanted, temporary = os.path.relpath(target, link.parent), link.with_name(link.name + PARTIAL)
+    if link.is_symlink() and os.readlink(link) == wanted:
+        return
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(wanted)
+        _rename(temporary, link)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line; after a crash in the middle of a line, the broken line is closed first."""
     line = json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n"
     try:
+        passing("append", path)
         with open(path, "a+b") as stream:
             if stream.tell() > 0:
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":
                     stream.write(b"\n")
             stream.write(line.encode())
+        passing("appended", path)
     except OSError as error:
         name_file(error, path)
         raise
