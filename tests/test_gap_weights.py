@@ -27,6 +27,7 @@ from manyshot.gap_weights import (
     loss_gaps,
     memory_of,
     needs_gaps,
+    normalized_weights,
     relative_gaps,
     remember,
     uniform_weights,
@@ -101,6 +102,15 @@ def test_gap_weights_never_overflow(gaps: list[float], temperature: float) -> No
 def test_gap_weights_refuse_gaps_that_are_not_finite(bad: float) -> None:
     with pytest.raises(MergeError, match="loss gaps must be finite"):
         gap_weights([1.0, bad], 2.0)
+
+
+def test_normalized_weights_sum_to_one_and_leave_what_does_alone() -> None:
+    assert normalized_weights([1.0, 1.0, 2.0]) == [0.25, 0.25, 0.5]
+    weights = gap_weights([0.1, 0.7, -0.3], 0.5)
+    assert normalized_weights(weights) == weights
+    for bad in ([0.0, 0.0], [math.inf, 1.0], [math.nan], [1.0, -1.0]):
+        with pytest.raises(MergeError, match="sum to more than 0"):
+            normalized_weights(bad)
 
 
 def test_effective_tasks_counts_tasks() -> None:

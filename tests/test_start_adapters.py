@@ -16,6 +16,7 @@ from manyshot.eval_model import find_model
 from manyshot.local_update import LocalUpdateJob, run_local_update
 from manyshot.models import ModelState
 from manyshot.progress import Progress
+from manyshot.rundir import read_json
 from manyshot.runner import RunResult, run
 from manyshot.seeding import preserved_random_state
 from manyshot.task_vector import AdapterFactors
@@ -135,6 +136,14 @@ def test_train_factors_alternate_trains_b_then_a(started: dict[str, tuple[RunRes
             assert distance(only(end, frozen), only(first[0], frozen)) == 0
             assert distance(only(end, trained), only(first[0], trained)) > 1e-3
         assert distance(*(only(end, trained) for end in ends(result, r))) > 1e-3
+
+
+@pytest.mark.parametrize("operator", ["task_arithmetic", "ties"])
+def test_adapter_start_averaged_is_an_average_where_each_task_weighs_one(runs: Runs, operator: str) -> None:
+    result = runs.get(f"operator={operator}", "local_update.adapter_start=averaged")
+    carried = load_tensors(round_folder(result, 1) / "carried_adapter" / "adapter_model.safetensors")
+    assert set(read_json(round_folder(result, 1) / "loss_gap.json")["weights"].values()) == {1.0}
+    assert distance(carried, combine(ends(result, 1), [0.5, 0.5])) < 1e-7
 
 
 # ---- a pull back to the start ----------------------------------------------------------------------------------------

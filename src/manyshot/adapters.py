@@ -44,7 +44,7 @@ def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
 def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path, *, frozen: bool = False) -> None:
     """Write Σα A and Σα B as an adapter folder: the start of the next round's adapters (`adapter_start: averaged`).
 
-    With `frozen`, factors that all tasks have in common stay as they are, whatever the weights sum to.
+    The weights of an average sum to 1. With `frozen`, factors that all tasks have in common stay the same bits.
     """
     import torch
 

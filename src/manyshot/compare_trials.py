@@ -38,7 +38,10 @@ def trial_job(run: Comparison, cell: Cell, candidate: Candidate, *, scored: bool
         [job.task.name, job.task.digest(), job.task.settings(), *([job.key] if job.adopted else [])]
         for job in shared_experts(run, place)
     ]
-    key = content_key(current.base.digest, settings, tasks, joint)
+    update, summed = recipe.local_update, recipe.method.weighting == "multiplier"
+    # trials of older versions that have both carried the sum of the factors on, where their average was meant
+    carries = ["averaged factors"] if update.adapter_start == "averaged" and summed else []
+    key = content_key(current.base.digest, settings, tasks, joint, *carries)
     kind = "joint" if joint else candidate.operator.name
     name = f"{kind}-{cell.protocol}-{len(current.tasks)}tasks-seed{place.seed}-{key[:12]}"
     return TrialJob(

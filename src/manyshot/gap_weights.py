@@ -125,6 +125,15 @@ def uniform_weights(num_tasks: int) -> list[float]:
     return [1.0 / num_tasks] * num_tasks
 
 
+def normalized_weights(weights: Sequence[float]) -> list[float]:
+    """ᾱ = α / Σα, as an average takes them: those of a sum, 1 each, become 1/T. They sum to 1 already where α does."""
+    total = math.fsum(weights)
+    if not math.isfinite(total) or total <= 0:
+        raise MergeError(f"weights must be finite and sum to more than 0, found {list(weights)}")
+    # what sums to 1 but for rounding stays as it is, to the bit
+    return list(weights) if math.isclose(total, 1.0, rel_tol=1e-12) else [weight / total for weight in weights]
+
+
 def effective_tasks(weights: Sequence[float]) -> float:
     """exp(H(α)) of the weights divided by their sum: T for uniform weights, 1 when one task has all the weight."""
     total = math.fsum(abs(weight) for weight in weights)

@@ -10,7 +10,14 @@ from pathlib import Path
 from manyshot.adapters import average_adapters, expand_adapter, truncate_to_adapter
 from manyshot.errors import RunFolderError
 from manyshot.export import export_model
-from manyshot.gap_weights import TaskLosses, choose_weights, effective_tasks, memory_of, weights_without_gaps
+from manyshot.gap_weights import (
+    TaskLosses,
+    choose_weights,
+    effective_tasks,
+    memory_of,
+    normalized_weights,
+    weights_without_gaps,
+)
 from manyshot.match import open_experts
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
@@ -270,7 +277,8 @@ def carry_adapter(
             adapters = [_adapter(expert) for expert in experts]
             if how == "averaged":
                 frozen = run.recipe.local_update.train_factors != "both"
-                average_adapters(adapters, [weights[expert.task] for expert in experts], carried, frozen=frozen)
+                shares = normalized_weights([weights[expert.task] for expert in experts])
+                average_adapters(adapters, shares, carried, frozen=frozen)
             else:
                 assert merged.task_vector is not None
                 truncate_to_adapter(StoredTaskVector(merged.task_vector), adapters[0], carried)
