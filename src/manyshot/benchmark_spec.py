@@ -38,7 +38,7 @@ class Harness(Section):
 
     chat_template: bool = Field(False, description="prompts, and examples shown, as turns of the tokenizer's template")
     limit: Count | None = Field(None, description="the first so many examples of each: to try out, not to report")
-    batch_size: Count = 8
+    batch_size: Count = Field(8, description="examples at once; the same for every model that is compared")
     max_new_tokens: Count | None = Field(None, description="for tasks that generate; the task's own when not given")
 
 

@@ -28,9 +28,9 @@ class Method(Section):
     """One row of the tables: an operator, or joint fine-tuning on all tasks at once."""
 
     label: str | None = Field(None, description="how tables name it; the method's key when not given")
-    operator: OperatorChoice | None = None
+    operator: OperatorChoice | None = Field(None, description="as in a recipe")
     joint: bool = Field(False, description="fine-tune one model on all tasks mixed, at the same total steps")
-    protocols: tuple[Shot, ...] = ("post_hoc", "many_shot")
+    protocols: tuple[Shot, ...] = Field(("post_hoc", "many_shot"), description="one merge at the end, or one per round")
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
         description="operator settings, or section.key, to choose from on validation: every combination is tried",

@@ -42,18 +42,18 @@ class CompareSpec(Section):
 
     models: dict[Name, str] = Field(min_length=1, description="backbones: a name for the tables, and a model")
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings along")
-    tasks: dict[Name, TaskSpec] = Field(min_length=2)
+    tasks: dict[Name, TaskSpec] = Field(min_length=2, description="as in a recipe; the task sets choose among them")
     task_sets: dict[Name, TaskSet] = Field(default_factory=dict, description="the first is the main one; default: all")
     categories: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="tasks of a table's column")
     retention: dict[Name, TaskSpec] = Field(default_factory=dict, description="scored, never trained")
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="every cell is run once with each")
     protocol: Protocol = Protocol()
     merge: Merge = Merge()
     local_update: LocalUpdate = LocalUpdate()
     evaluation: Evaluation = Evaluation()
     benchmarks: Benchmarks = Field(default_factory=dict, description="what tasks are scored by: a preset, or a list")
     harness: Harness = Harness()
-    methods: dict[Name, Method] = Field(min_length=1)
+    methods: dict[Name, Method] = Field(min_length=1, description="the rows of the tables, each by its name")
     baseline: str | None = Field(
         None, description="the method that the shares of others are paired with, in rounds; the first mean if not given"
     )

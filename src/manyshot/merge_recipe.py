@@ -27,20 +27,22 @@ def parse_size(text: object) -> object:
 class ExpertSpec(Section):
     """One model to merge: a folder (with its own weights), or a PEFT adapter on the base."""
 
-    path: str
+    path: str = Field(description="Hub id, model folder, adapter folder or .gguf file")
     weight: float | None = Field(None, description="a share for mean and metis, a multiplier for the others")
     validation: str | None = Field(None, description="examples for the loss gap, where the operator wants one")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the name in the file")
     format: Literal["auto", "chat", "plain"] = Field("auto", description="as in a task of a recipe")
-    system_prompt: str | None = None
+    system_prompt: str | None = Field(None, description="as in a task of a recipe")
 
 
 class MergeRecipe(Section):
     """Everything a merge depends on."""
 
     base: str = Field(description="Hub id, local folder or .gguf file that the experts were trained from")
-    experts: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=200)], ExpertSpec] = Field(min_length=1)
-    operator: OperatorChoice = TaskArithmetic()
+    experts: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=200)], ExpertSpec] = Field(
+        min_length=1, description="what is merged, each by its name"
+    )
+    operator: OperatorChoice = Field(TaskArithmetic(), description="as in a recipe")
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in a recipe")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as in the base when not given")
     shard_size: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] = Field(
@@ -48,8 +50,8 @@ class MergeRecipe(Section):
     )
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of a validation example")
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="validation examples at once")
-    loss_on: Literal["completion", "whole_text"] = "completion"
-    seed: int = Field(0, ge=0)
+    loss_on: Literal["completion", "whole_text"] = Field("completion", description="which tokens loss gaps count")
+    seed: int = Field(0, ge=0, description="draws DARE's masks")
     notes: tuple[str, ...] = Field((), description="what the file this was read from means in a slightly other way")
 
     @model_validator(mode="after")

@@ -63,11 +63,13 @@ class Evaluation(Section):
 
     experts: bool = Field(True, description="train each task alone with the same total steps, for normalized scores")
     post_hoc: bool = Field(False, description="also merge those experts once with the same operator, and score it")
-    validation_examples: Count = 100
-    test_examples: Count = 200
-    max_new_tokens: Count = 64
+    validation_examples: Count = Field(100, description="at most so many a task, for losses, gaps and line searches")
+    test_examples: Count = Field(200, description="at most so many a task, for scores")
+    max_new_tokens: Count = Field(64, description="tokens of a generated answer, where the metric needs one")
     batch_size: Count = Field(32, description="examples at once; the same for every model that is compared")
-    loss_on: Literal["completion", "whole_text"] = "completion"
+    loss_on: Literal["completion", "whole_text"] = Field(
+        "completion", description="which tokens validation and test losses count"
+    )
 
 
 def _operator_from_name(value: object) -> object:
@@ -90,9 +92,13 @@ class Recipe(Section):
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings along")
-    tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(min_length=1)
+    tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(
+        min_length=1, description="two tasks or more, each by its name"
+    )
     protocol: Protocol = Protocol()
-    operator: OperatorChoice = Metis()
+    operator: OperatorChoice = Field(
+        Metis(), description="its name alone, or with settings: {name: ties, density: 0.1}"
+    )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="other operator settings by tensor name pattern; the last that fits wins"
     )
@@ -100,7 +106,7 @@ class Recipe(Section):
     local_update: LocalUpdate = LocalUpdate()
     evaluation: Evaluation = Evaluation()
     trackers: Trackers = Trackers()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="draws splits, orders, adapters and random masks")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

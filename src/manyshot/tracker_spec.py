@@ -20,4 +20,4 @@ class Trackers(Section):
     group: Label | None = Field(
         None, description="what all parts of the run are shown under; the run's own when not given"
     )
-    tags: tuple[Label, ...] = ()
+    tags: tuple[Label, ...] = Field((), description="words that the run can be found by")

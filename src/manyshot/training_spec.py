@@ -45,21 +45,23 @@ class Protocol(Section):
 class LocalUpdate(Section):
     """How one task fine-tunes from the round's start model."""
 
-    method: Literal["lora", "full"] = "lora"
-    rank: Count = 16
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    method: Literal["lora", "full"] = Field("lora", description="full trains all weights")
+    rank: Count = Field(16, description="of every adapter")
+    alpha: float = Field(16, gt=0, description="an adapter adds alpha/rank · B·A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter, in training")
     rslora: bool = Field(False, description="scale by alpha/√rank instead of alpha/rank")
     rank_pattern: dict[str, Count] = Field(default_factory=dict, description="rank by module name pattern, as in PEFT")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha by module name pattern")
-    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, description="endings of the names of adapted layers"
+    )
     adapter_start: Literal["fresh", "averaged", "svd", "own"] = Field(
         "fresh", description="what a round's adapters start from; all are exact"
     )
     train_factors: Literal["both", "b", "alternate"] = Field(
         "both", description="b: A is frozen and the same for all tasks; alternate: B in odd rounds, A in even ones"
     )
-    learning_rate: float = Field(3.0e-4, gt=0)
+    learning_rate: float = Field(3.0e-4, gt=0, description="of AdamW, after the warm-up")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     schedule_scope: Literal["round", "run"] = Field(
         "round", description="round: the schedule starts anew every round; run: it decays once, over all rounds"
@@ -69,10 +71,10 @@ class LocalUpdate(Section):
         "restart", description="kept: each task's AdamW moments go on from round to round"
     )
     proximal: float = Field(0.0, ge=0, description="μ of FedProx: adds μ/2 ‖θ − start‖² of what is trained to the loss")
-    batch_size: Count = 8
+    batch_size: Count = Field(8, description="examples of an optimizer step")
     micro_batch_size: Count | None = Field(None, description="examples at once; the rest is gradient accumulation")
-    max_length: Annotated[int, Field(ge=2)] = 512
-    loss_on: Literal["completion", "whole_text"] = "completion"
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of an example; see a task's `overlong`")
+    loss_on: Literal["completion", "whole_text"] = Field("completion", description="which tokens are trained on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on a GPU that has it, float32 on CPU"
     )

@@ -25,8 +25,8 @@ INSIDE = 0.3819660113
 class Range(Section):
     """Numbers to search in."""
 
-    low: float
-    high: float
+    low: float = Field(description="the least value")
+    high: float = Field(description="the largest value")
     log: bool = Field(False, description="search in the logarithm")
     step: Positive | None = Field(None, description="only low, low + step, …")
 
@@ -55,7 +55,9 @@ class Search(Section):
     objective: Literal["multi_task_loss", "share", "worst_share"] = Field(
         "multi_task_loss", description="share: of the experts' loss improvement that is kept, mean or worst task"
     )
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="tpe: from what trials have shown so far (Optuna); random; grid: every combination"
+    )
     trials: Count | None = Field(
         None, description="how many settings are tried, with rounds: each in every round; default 20, or all of a grid"
     )
@@ -74,7 +76,7 @@ class Search(Section):
 class TuneRecipe(Recipe):
     """Everything a search depends on: a run, and what to try in it."""
 
-    search: Search
+    search: Search = Field(description="what to try")
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> TuneRecipe:
