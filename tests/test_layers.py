@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"kernels", "operators"},
     "demo": {"demo"},
     "tensors": {"errors", "rundir"},
+    "manifest": {"errors", "rundir", "tensors"},
     "tensor_writer": {"errors", "fault_points", "rundir", "tensors"},
     "task_vector": {"errors", "kernels", "rundir", "tensors"},
     "engine": {"task_vector"},
@@ -108,6 +109,7 @@ ALLOWED: dict[str, set[str]] = {
         *{
             "errors",
             "loss_gap",
+            "manifest",
             "models",
             "optimizer_state",
             "peft_adapter",
@@ -124,7 +126,10 @@ ALLOWED: dict[str, set[str]] = {
         }
     },
     "normalize": set(),
-    "evaluate": {"examples", "local_update", "loss_gap", "metrics", "models", "progress", "recipe", "rundir", "tasks"},
+    "evaluate": {
+        *{"examples", "local_update", "loss_gap", "manifest", "metrics", "models", "progress", "recipe", "rundir"},
+        "tasks",
+    },
     "disk": {"errors"},
     "inspect_input": {"yaml_text", "errors", "match", "reading", "rundir", "task_vector", "tensors"},
     "inspect_models": {"engine", "errors", "inspect_input", "merge_report", "reading", "task_vector"},
@@ -186,8 +191,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "compare_jobs": {
         *{"benchmark_spec", "compare_benchmarks"},
-        *{"base_model", "errors", "evaluate", "executors", "local_update", "models", "optimizer_state", "outer"},
-        *{"progress", "recipe", "rounds", "rundir", "seeding", "steps", "tasks"},
+        *{"base_model", "errors", "evaluate", "executors", "local_update", "manifest", "models", "optimizer_state"},
+        *{"outer", "progress", "recipe", "rounds", "rundir", "seeding", "steps", "tasks"},
     },
     "compare_results": {
         "compare_benchmarks",
@@ -249,8 +254,8 @@ ALLOWED: dict[str, set[str]] = {
     "report_markdown": {"compare_render", "report_data", "report_page"},
     "report_command": {"errors", "report_build", "report_html", "report_markdown", "report_page", "rundir"},
     "steps": {
-        *{"base_model", "evaluate", "executors", "models", "normalize", "progress", "recipe", "rundir", "tasks"},
-        "trackers",
+        *{"base_model", "evaluate", "executors", "manifest", "models", "normalize", "progress", "recipe", "rundir"},
+        *{"tasks", "trackers"},
     },
     "steps_train": {
         *{"allocation", "content", "evaluate", "gap_weights", "local_update", "models", "optimizer_state", "recipe"},
@@ -263,13 +268,23 @@ ALLOWED: dict[str, set[str]] = {
     "guards": {"gap_weights", "guard_advice", "recipe", "round_record"},
     "steps_guard": {"guards", "round_record", "rundir", "steps"},
     "steps_merge": {
-        *{"adapters", "errors", "export", "gap_weights", "match", "models", "operators", "outer", "round_merge"},
-        *{"rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
+        *{"adapters", "errors", "export", "gap_weights", "manifest", "match", "models", "operators", "outer"},
+        *{"round_merge", "rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
     },
     "card_text": {"yaml_text", "base_model", "compare_render"},
     "card": {"card_text", "compare_render", "normalize", "rundir", "steps", "task_spec"},
     "push": {"errors", "rundir", "status"},
-    "rounds": {"card", "models", "normalize", "rundir", "steps", "steps_guard", "steps_merge", "steps_train"},
+    "rounds": {
+        "card",
+        "manifest",
+        "models",
+        "normalize",
+        "rundir",
+        "steps",
+        "steps_guard",
+        "steps_merge",
+        "steps_train",
+    },
     "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
     "runner": {
         *{

@@ -19,6 +19,7 @@ from manyshot.errors import ManyshotError
 from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import LocalExecutor
 from manyshot.local_update import LocalUpdateJob, expert_state, run_local_update
+from manyshot.manifest import MANIFEST
 from manyshot.models import ModelState
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.outer import STATE_NAME
@@ -232,6 +233,7 @@ def _prune(job: TrialJob) -> None:
     rounds = job.recipe.protocol.rounds if not job.joint else 0
     for index in range(1, rounds + 1):
         for task in job.tasks:
+            remove(folder.local_update(index, task.name) / MANIFEST)  # first: it names what goes
             for kind in ("adapter", "model"):
                 remove(folder.local_update(index, task.name) / kind)
             remove(folder.local_update(index, task.name) / OPTIMIZER_NAME)

@@ -18,6 +18,7 @@ import torch
 from manyshot.examples import Message
 from manyshot.local_update import Split, held_out_sums
 from manyshot.loss_gap import TokenSums, mean_loss, token_sums
+from manyshot.manifest import files_in, seal
 from manyshot.metrics import find_metric
 from manyshot.models import ModelState, choose_placement, load_model, load_tokenizer, quiet_transformers
 from manyshot.progress import Progress
@@ -51,6 +52,7 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
     """{"losses": {task: …}, "scores": {task: …}}; what was measured before is read back."""
     scores_path, losses_path = job.folder / "scores.json", job.folder / "losses.json"
     if (scores_path if job.scores else losses_path).exists():
+        _seal(job)
         losses = read_json(losses_path) if job.losses else {}
         return {"losses": losses} | ({"scores": read_json(scores_path)} if job.scores else {})
     with quiet_transformers():
@@ -64,6 +66,7 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
                 losses[task.name], known[task.name], read[task.name] = _task_loss(model, tokenizer, task, job, progress)
             write_json(losses_path, losses)
         if not job.scores:
+            _seal(job)
             return {"losses": losses}
         scores, outputs = {}, {}
         for task in job.tasks:
@@ -74,7 +77,13 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
     if job.state.is_pretrained:
         write_json(job.folder / "examples.json", {task.name: shown_examples(task) for task in job.tasks})
     write_json(scores_path, scores)
+    _seal(job)
     return {"losses": losses, "scores": scores}
+
+
+def _seal(job: MeasureJob) -> None:
+    names = ("losses.json", "outputs.json", "examples.json", "scores.json") if job.scores else ("losses.json",)
+    seal(job.folder, "measurement" if job.scores else "losses", files_in(*(job.folder / name for name in names)))
 
 
 def _task_loss(

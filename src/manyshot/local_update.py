@@ -16,6 +16,7 @@ import torch
 
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.loss_gap import TokenSums, ValidationLoss, mean_loss, token_sums
+from manyshot.manifest import files_in, seal
 from manyshot.models import (
     ModelState,
     Placement,
@@ -85,6 +86,7 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
     Raises ManyshotError naming round and task when the loss turns NaN or Inf.
     """
     if (done := finished_update(job)) is not None:
+        _seal(job.folder)
         return done
     update = job.recipe.local_update
     placement = choose_placement(update)
@@ -111,6 +113,7 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
                 plain, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert"
             ).to_json()
     write_json(job.folder / RECORD, record)
+    _seal(job.folder)
     return record
 
 
@@ -133,7 +136,13 @@ def _adopt(
     record["validation"] = loss.to_json()
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / RECORD, record)
+    _seal(job.folder)
     return record
+
+
+def _seal(folder: Path) -> None:
+    parts = ("adapter", "model", OPTIMIZER_NAME, RECORD)
+    seal(folder, "local update", files_in(*(folder / part for part in parts)))
 
 
 def adopted_state(start: ModelState, expert: Path) -> ModelState:

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyshot.card import write_card
+from manyshot.manifest import MANIFEST
 from manyshot.models import ModelState
 from manyshot.normalize import normalized
 from manyshot.rundir import link_atomically, write_json
-from manyshot.steps import Expert, Json, Merged, Run, measure
+from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_guard import guard
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
 from manyshot.steps_train import train_experts, uneven_steps, update_locally
@@ -32,16 +33,20 @@ def run_rounds(run: Run) -> Json:
     # ---- the pretrained model; each task's own expert, to compare with; those experts merged once
     start = run.pretrained
     summary["pretrained"] = measure(run, start, run.folder.round(0), round_index=0)
+    seal_step(run, run.folder.path, "pretrained model", run.folder.round(0) / MANIFEST)
     if run.recipe.evaluation.experts:
         summary["experts"] = train_experts(run)
+        seal_step(run, run.folder.path, "experts", *(run.folder.expert(name) / MANIFEST for name in run.names))
     if run.recipe.evaluation.post_hoc:
         summary["post_hoc"] = merge_post_hoc(run, summary["pretrained"]["losses"])
+        seal_step(run, run.folder.path, "post-hoc merge", run.folder.post_hoc / MANIFEST)
 
     for round_index in range(1, run.recipe.protocol.rounds + 1):
         start = run_round(run, round_index, start, summary)
 
     add_normalized(run, summary)
     write_json(run.folder.scores, summary)
+    seal_step(run, run.folder.path, "scores", run.folder.scores, run.folder.splits)
     return summary
 
 
@@ -62,10 +67,19 @@ def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> M
         write_card(run, folder, round_index, summary)
     done = {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
     write_json(folder / "DONE.json", done | uneven_steps(run, experts))
+    seal_round(run, folder, round_index)
     if not run.trial:
         link_atomically(run.folder.merged, folder / "merged")
     run.progress.finished_round(round_index)
     return start
+
+
+def seal_round(run: Run, folder: Path, round_index: int) -> None:
+    """Name in manifests what a round left beside its steps' own files, and the manifests of its tasks."""
+    records = [folder / name for name in ("loss_gap.json", "guards.json", "DONE.json")]
+    tasks = [folder / name / MANIFEST for name in run.names]
+    seal_step(run, folder, "round", *records, folder / "merged" / "README.md", *tasks)
+    seal_step(run, run.folder.path, f"round {round_index}", folder / MANIFEST)
 
 
 def merge_round(

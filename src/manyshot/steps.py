@@ -9,6 +9,7 @@ from typing import Any
 from manyshot.base_model import BaseModel
 from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import Executor
+from manyshot.manifest import files_in, seal
 from manyshot.models import ModelState
 from manyshot.normalize import multi_task_loss
 from manyshot.progress import Progress
@@ -68,6 +69,12 @@ class Merged:
     kept_share: float
     start_from: str
     digests: dict[str, str]
+
+
+def seal_step(run: Run, folder: Path, step: str, *places: Path, known: dict[str, str] | None = None) -> None:
+    """Name what a step left in the manifest of `folder`; a trial of a comparison keeps too little of it."""
+    if not run.trial:
+        seal(folder, step, files_in(*places), known)
 
 
 def measure(run: Run, state: ModelState, folder: Path, round_index: int) -> Json:

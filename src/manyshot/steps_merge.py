@@ -18,13 +18,14 @@ from manyshot.gap_weights import (
     normalized_weights,
     weights_without_gaps,
 )
+from manyshot.manifest import files_in
 from manyshot.match import open_experts
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
 from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
 from manyshot.rundir import read_json, remove, write_json
-from manyshot.steps import Expert, Json, Merged, Run, measure
+from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_guard import guard
 from manyshot.steps_search import WORK_FOLDER, search_scaling
 from manyshot.steps_train import all_steps_alone
@@ -100,6 +101,8 @@ def merge(
                 folder / "merged",
                 dtype=dtype,
             )
+    # the card tells of what is measured later
+    seal_step(run, folder, "merged model", *(file for file in files_in(folder / "merged") if file.name != "README.md"))
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
     digests = {"task_vector.safetensors": report["digest"]}
     if "outer_state_digest" in report:
@@ -124,6 +127,11 @@ def merge_task_vectors(
         write_json(record_path, found | searched)
     remove(folder / WORK_FOLDER)
     record = read_json(record_path)
+    known = {"task_vector.safetensors": record["digest"]}
+    if "outer_state_digest" in record:
+        known[STATE_NAME] = record["outer_state_digest"]
+    carried = [folder / "carried_adapter"] if run.recipe.merge.space == "factors" else []
+    seal_step(run, folder, "merge", record_path, *(folder / name for name in known), *carried, known=known)
     _report_merge(run, round_index, record)
     return record
 
@@ -257,6 +265,7 @@ def merge_post_hoc(run: Run, pretrained_losses: Json) -> Json:
     record = merge_task_vectors(run, folder, 0, run.pretrained, experts, gaps["weights"])
     state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
     measured, found = measure(run, state, folder, 0), guard(run, folder, 0, merged=True)
+    seal_step(run, folder, "post-hoc", folder / "loss_gap.json", folder / "guards.json")
     return measured | gaps | {"kept_share": record["kept_share"], "guards": found}
 
 
@@ -282,4 +291,5 @@ def carry_adapter(
             else:
                 assert merged.task_vector is not None
                 truncate_to_adapter(StoredTaskVector(merged.task_vector), adapters[0], carried)
+    seal_step(run, folder, "carried adapter", carried)
     return replace(merged, start_adapter=carried)
