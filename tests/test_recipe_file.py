@@ -340,10 +340,10 @@ def test_load_recipe_refuses_bytes_that_are_no_text(folder: Path) -> None:
         load_recipe(folder / "recipe.yaml")
 
 
-def test_load_recipe_survives_an_alias_of_itself_and_a_billion_laughs(folder: Path) -> None:
-    assert "unknown key" in problems(folder, GOOD + "x: &a {b: *a}\n")[0]
+def test_load_recipe_refuses_an_alias_of_itself_and_a_billion_laughs(folder: Path) -> None:
+    assert "an alias stands inside of what it names" in problems(folder, GOOD + "x: &a {b: *a}\n")[0]
     laughs = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 30))
-    assert len(problems(folder, GOOD + "x0: &x0 [1]\n" + laughs)) == 30
+    assert "its aliases stand for more than" in problems(folder, GOOD + "x0: &x0 [1]\n" + laughs)[0]
 
 
 def test_load_recipe_takes_a_hub_id_and_refuses_a_path_that_is_not_there(folder: Path) -> None:

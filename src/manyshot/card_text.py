@@ -12,6 +12,7 @@ import yaml
 
 from manyshot.base_model import DEMO_MODEL, BaseModel
 from manyshot.compare_render import escape_markdown, one_line
+from manyshot.yaml_text import read_yaml
 
 PAPER = "https://arxiv.org/abs/2606.16501"
 PROJECT = "https://pypi.org/project/manyshot/"
@@ -62,7 +63,7 @@ def _front_matter_of(path: Path) -> dict[str, Any]:
         return {}
     found = FRONT_MATTER.search(path.read_text("utf-8", errors="replace"))
     try:
-        value = yaml.safe_load(found.group(1)) if found else None
+        value = read_yaml(found.group(1)) if found else None
     except yaml.YAMLError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -29,6 +29,7 @@ from manyshot.operators import OPERATORS
 from manyshot.recipe_file import compare_recipe_from_mapping, to_yaml
 from manyshot.rundir import is_passing, read_json, write_json, write_text
 from manyshot.runner import PACKAGES, differences, package_version
+from manyshot.yaml_text import read_yaml
 
 PLACEMENT_KEYS = ("device", "dtype", "attn_implementation")
 
@@ -87,7 +88,7 @@ def claim(folder: CompareFolder, recipe: CompareRecipe, *, resume: bool, extend:
         raise RunFolderError(f"{path}: {flag}: this folder holds no compare.yaml and environment.json of one")
     if extend or force:
         return
-    if changes := differences(_as_now(_read_recipe(folder)), yaml.safe_load(to_yaml(recipe))):
+    if changes := differences(_as_now(_read_recipe(folder)), read_yaml(to_yaml(recipe))):
         raise RunFolderError(
             f"{path}: the recipe differs from the comparison's: {'; '.join(changes)}; use --extend to keep the "
             "finished cells that the new recipe still wants, or --force to start over"
@@ -96,7 +97,7 @@ def claim(folder: CompareFolder, recipe: CompareRecipe, *, resume: bool, extend:
 
 def _read_recipe(folder: CompareFolder) -> Any:
     try:
-        return yaml.safe_load(folder.recipe.read_text("utf-8"))
+        return read_yaml(folder.recipe.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
 
@@ -119,7 +120,7 @@ def _as_now(raw: Any) -> Any:
             own["operator"] = {key: old for key, old in LATER["operator"].items() if key in known} | operator
         raw["methods"] = raw["methods"] | {name: method | own}
     try:
-        return yaml.safe_load(to_yaml(compare_recipe_from_mapping(raw)))
+        return read_yaml(to_yaml(compare_recipe_from_mapping(raw)))
     except RecipeError:  # it says what no recipe may any more: let the difference be named
         return raw
 

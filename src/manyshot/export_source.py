@@ -16,6 +16,7 @@ from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, read_json
 from manyshot.status import read_outline
 from manyshot.tensors import Checkpoint, file_digest
+from manyshot.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def choose_round(folder: RunFolder, rounds: int, round_index: int | None) -> int
 def _read_recipe(folder: RunFolder) -> Recipe:
     """The run's recipe. Its data need not be there any more, which a recipe that is to be run would be asked."""
     try:
-        return Recipe.model_validate(yaml.safe_load(folder.recipe.read_text("utf-8")))
+        return Recipe.model_validate(read_yaml(folder.recipe.read_text("utf-8")))
     except (ValueError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder.recipe}: is not a recipe of this version ({error})") from None
 

@@ -14,6 +14,7 @@ from manyshot.reading import Reference, TaskVectorReader, check_updates
 from manyshot.rundir import RunFolder, read_json
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint
+from manyshot.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference]:
     if not folder.recipe.is_file():
         raise RunFolderError(f"{folder.path}: not a run folder (no recipe.yaml); to inspect models give --base")
     try:
-        recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        recipe = read_yaml(folder.recipe.read_text("utf-8"))
         tasks = [str(task) for task in recipe["tasks"]]
         reference = (recipe.get("merge") or {}).get("reference", "pretrained")
     except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:

@@ -21,6 +21,7 @@ from manyshot.merge_report import MergeReport
 from manyshot.mergekit_yaml import expert_names
 from manyshot.recipe_file import load_merge_recipe, merge_recipe_from_mapping
 from manyshot.tensors import Checkpoint
+from manyshot.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,16 @@ def operator_settings(named: Mapping[str, object | None], assignments: Sequence[
 
     found = {key: value for key, value in named.items() if value is not None}
     if isinstance(temperature := found.get("temperature"), str):  # a number, or auto
-        found["temperature"] = yaml.safe_load(temperature)
+        try:
+            found["temperature"] = read_yaml(temperature)
+        except yaml.YAMLError:
+            raise RecipeError(f"--temperature {temperature}: a number, or auto") from None
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {assignment}: not of the form key=value")
         try:
-            found[key] = yaml.safe_load(text)
+            found[key] = read_yaml(text)
         except yaml.YAMLError:
             raise RecipeError(f"--set {assignment}: the value is not valid YAML") from None
     return found

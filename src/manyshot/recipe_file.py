@@ -18,6 +18,7 @@ from manyshot.operators import Operator
 from manyshot.recipe import Recipe
 from manyshot.recipe_problems import NAMED, Key, Source, cross_problems_of_broken, dotted, explain, one_per_key
 from manyshot.tune_recipe import TuneRecipe
+from manyshot.yaml_text import read_yaml
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -63,14 +64,13 @@ def _read(path: Path) -> tuple[dict[str, Any], Source, list[str]]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error})") from None
     source = Source(str(path))
-    problems = _scan(text, source)
     try:
-        raw = yaml.safe_load(text)
+        raw = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; found {type(raw).__name__}")
-    return raw, source, problems
+    return raw, source, _scan(text, source)
 
 
 def recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -144,12 +144,9 @@ def _scan(text: str, source: Source) -> list[str]:
             for i, item in enumerate(node.value):
                 walk(item, (*key, i))
 
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return []  # safe_load says it better
-    if root is not None:
-        walk(root, ())
+    root = yaml.compose(text, Loader=yaml.SafeLoader)  # what read_yaml() has read
+    assert root is not None
+    walk(root, ())
     return problems
 
 
@@ -158,7 +155,7 @@ def _apply_override(raw: dict[str, Any], override: str, source: Source) -> None:
     if not equals or not target_key:
         raise RecipeError(f"command line: '{override}' is not of the form key.sub=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         raise RecipeError(f"command line: '{override}': the value is not valid YAML") from None
     keys = target_key.split(".")

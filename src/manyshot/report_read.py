@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from manyshot.errors import RunFolderError
 from manyshot.report_data import (
     Block,
@@ -37,6 +35,7 @@ from manyshot.report_examples import Answering, read_examples
 from manyshot.report_resources import disk_use, read_phases, seconds_in_all
 from manyshot.rundir import RunFolder, read_json
 from manyshot.status import planned_steps, read_outline
+from manyshot.yaml_text import read_yaml
 
 SPREAD = "95 % intervals over test examples"
 ONCE = "merged once (post-hoc)"
@@ -100,7 +99,7 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
     outline = read_outline(folder)
     tasks, rounds, evaluation = outline.tasks, outline.rounds, outline.evaluation
     text = folder.recipe.read_text("utf-8")
-    recipe = mapping(yaml.safe_load(text))
+    recipe = mapping(read_yaml(text))
     done = [r for r in range(1, rounds + 1) if (folder.round(r) / "DONE.json").exists()]
     finished = folder.scores.exists()
     records.read(folder.scores, expected=len(done) == rounds)

@@ -32,6 +32,7 @@ from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
 from manyshot.trackers import check_trackers, open_tracking
 from manyshot.workload import workload
+from manyshot.yaml_text import read_yaml
 
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -127,11 +128,11 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
     text = to_yaml(recipe)
     if folder.environment.exists():
         try:
-            old = yaml.safe_load(folder.recipe.read_text("utf-8"))
+            old = read_yaml(folder.recipe.read_text("utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
         # trackers decide nothing, so that they may be others when a run goes on
-        found = differences(old, yaml.safe_load(text))
+        found = differences(old, read_yaml(text))
         changed = [line for line in found if not line.startswith(("trackers.", "trackers:"))]
         if changed:
             raise RunFolderError(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import yaml
 
 from manyshot.errors import RunFolderError
-from manyshot.rundir import RunFolder, read_json, read_lines
+from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines
+from manyshot.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def read_outline(folder: RunFolder) -> Outline:
     if not folder.recipe.exists():
         raise RunFolderError(f"{folder.path}: holds no run (no recipe.yaml)")
     try:
-        recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        recipe = read_yaml(folder.recipe.read_text("utf-8"))
         evaluation = {"experts": True, "post_hoc": False} | recipe["evaluation"]
         return Outline(list(recipe["tasks"]), int(recipe["protocol"]["rounds"]), recipe["operator"]["name"], evaluation)
     except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
@@ -91,13 +92,19 @@ def planned_steps(folder: RunFolder, outline: Outline) -> list[Step]:
         steps.append(Step("measure post-hoc", "post_hoc", "measure", folder.post_hoc / "scores.json"))
     for r in range(1, outline.rounds + 1):
         model = f"round {r}"
-        steps += [
-            Step(f"{model}: {task}", model, "train", folder.local_update(r, task) / "local_update.json", task)
-            for task in tasks
-        ]
+        steps += [Step(f"{model}: {task}", model, "train", _update_record(folder, r, task), task) for task in tasks]
         steps.append(Step(f"{model}: merge", model, "merge", folder.round(r) / "merge.json"))
         steps.append(Step(f"{model}: measure", model, "measure", folder.round(r) / "scores.json"))
     return steps
+
+
+def _update_record(folder: RunFolder, round_index: int, task: str) -> Path:
+    """What says that a task is done with in a round: its local update's record, or why the round went on without it."""
+    failure = folder.local_update(round_index, task) / FAILURE
+    weighed = folder.round(round_index) / "loss_gap.json"
+    if failure.exists() and weighed.exists() and task in read_json(weighed).get("skipped", {}):
+        return failure
+    return failure.with_name("local_update.json")
 
 
 def model_folders(folder: RunFolder, rounds: int) -> dict[str, Path]:

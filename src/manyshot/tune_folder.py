@@ -35,6 +35,7 @@ from manyshot.runner import differences, environment
 from manyshot.tune_recipe import TuneRecipe
 from manyshot.tune_sampler import Tried
 from manyshot.tune_space import Settings
+from manyshot.yaml_text import read_yaml
 
 RECORD = "local_update.json"
 
@@ -117,10 +118,10 @@ def claim(folder: TuneFolder, recipe: TuneRecipe, *, resume: bool, force: bool) 
     if not resume:
         return
     try:
-        old = yaml.safe_load(folder.recipe.read_text("utf-8"))
+        old = read_yaml(folder.recipe.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
-    if changes := differences(old, yaml.safe_load(to_yaml(recipe))):
+    if changes := differences(old, read_yaml(to_yaml(recipe))):
         raise RunFolderError(
             f"{path}: the recipe differs from the search's: {'; '.join(changes)}; use --force to start over, or "
             "another --output, with search.reuse for what is trained here"
