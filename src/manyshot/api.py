@@ -36,6 +36,7 @@ def run(
     *,
     resume: bool = False,
     force: bool = False,
+    repair: bool = False,
     listener: Listener | None = None,
 ) -> RunResult:
     """Train, merge and score in rounds; returns the merged model's folder and all scores.
@@ -52,7 +53,9 @@ def run(
     elif not isinstance(recipe, Recipe):
         recipe = recipe_from_mapping(recipe)
     folder = Path(output) if output is not None else Path("runs") / name
-    return run_recipe(recipe, folder, resume=resume, force=force, listener=listener, command="manyshot.run(…)")
+    return run_recipe(
+        recipe, folder, resume=resume, force=force, repair=repair, listener=listener, command="manyshot.run(…)"
+    )
 
 
 def merge(

@@ -7,7 +7,8 @@ user's cache, under a name made from its content; the folder's own content is ch
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,18 +25,20 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The pretrained model: its folder, the name people know it by, and a digest of its content."""
+    """The pretrained model: its folder, the name people know it by, and a digest of its content, in all and by file."""
 
     name: str
     path: Path
     digest: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_base_model(spec: str, *, trust_remote_code: bool = False) -> BaseModel:
     """Resolve the recipe's `model`. Raises ModelError for what is not there, incomplete, or unreachable."""
     found = find_base_folder(spec, trust_remote_code=trust_remote_code)
     Checkpoint(found.path)  # refuses missing shards and unreadable files, by name
-    return found if found.digest else replace(found, digest=content_key(_digests(found.path)))
+    files = found.files or _digests(found.path)
+    return replace(found, digest=content_key(files), files=files)
 
 
 def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config: bool = True) -> BaseModel:
@@ -44,10 +47,10 @@ def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config:
         if spec != DEMO_MODEL:
             raise ModelError(f"model: unknown demo model '{spec}'; there is {DEMO_MODEL}")
         folder, files = gguf_folder(_demo_gguf())
-        return BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", folder, content_key(files))
+        return BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", folder, content_key(files), files)
     if spec.endswith(".gguf"):
         folder, files = gguf_folder(Path(spec))
-        return BaseModel(Path(spec).stem, folder, content_key(files))
+        return BaseModel(Path(spec).stem, folder, content_key(files), files)
     if Path(spec).is_dir():
         folder, name = Path(spec).resolve(), spec
     elif Path(spec).exists():

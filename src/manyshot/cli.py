@@ -36,6 +36,9 @@ Overrides = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: in runs/).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete the run that is in the folder first.")]
+Repair = Annotated[
+    bool, typer.Option("--repair", help="As --resume; steps whose files were changed or removed are redone.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged model's path and nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
@@ -62,13 +65,15 @@ def run(
     output: Output = None,
     resume: Resume = False,
     force: Force = False,
+    repair: Repair = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train, merge and score in rounds, as the recipe says."""
     from manyshot.recipe_file import load_recipe
 
-    _run(load_recipe(recipe, overrides or []), output or Path("runs") / recipe.stem, resume, force, quiet, as_json)
+    folder = output or Path("runs") / recipe.stem
+    _run(load_recipe(recipe, overrides or []), folder, resume, force, repair, quiet, as_json)
 
 
 @app.command()
@@ -77,6 +82,7 @@ def demo(
     output: Output = None,
     resume: Resume = False,
     force: Force = False,
+    repair: Repair = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -84,10 +90,10 @@ def demo(
     from manyshot.demo import RECIPE_FILE
     from manyshot.recipe_file import load_recipe
 
-    _run(load_recipe(RECIPE_FILE, overrides or []), output or Path("runs/demo"), resume, force, quiet, as_json)
+    _run(load_recipe(RECIPE_FILE, overrides or []), output or Path("runs/demo"), resume, force, repair, quiet, as_json)
 
 
-def _run(recipe: Recipe, output: Path, resume: bool, force: bool, quiet: bool, as_json: bool) -> None:
+def _run(recipe: Recipe, output: Path, resume: bool, force: bool, repair: bool, quiet: bool, as_json: bool) -> None:
     from manyshot.cli_live import LiveView
     from manyshot.cli_view import open_view, show_result
 
@@ -96,7 +102,7 @@ def _run(recipe: Recipe, output: Path, resume: bool, force: bool, quiet: bool, a
             view.say("loading torch, transformers and trl, then data and model …")
             from manyshot.runner import run as run_recipe
 
-            result = run_recipe(recipe, output, resume=resume, force=force, listener=view.listen)
+            result = run_recipe(recipe, output, resume=resume, force=force, repair=repair, listener=view.listen)
         except KeyboardInterrupt:
             view.close()
             print(f"manyshot: interrupted; go on with --resume --output {output}", file=sys.stderr)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ import yaml
 
 from manyshot.compare_methods import SECTIONS
 from manyshot.compare_recipe import CompareRecipe
-from manyshot.content import LATER
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
-from manyshot.operators import OPERATORS
+from manyshot.older_recipe import with_later_keys
 from manyshot.recipe_file import compare_recipe_from_mapping, to_yaml
+from manyshot.run_identity import PACKAGES, differences, package_version
 from manyshot.rundir import is_passing, read_json, write_json, write_text
-from manyshot.runner import PACKAGES, differences, package_version
 from manyshot.yaml_text import read_yaml
 
 PLACEMENT_KEYS = ("device", "dtype", "attn_implementation")
@@ -103,24 +102,13 @@ def _read_recipe(folder: CompareFolder) -> Any:
 
 
 def _as_now(raw: Any) -> Any:
-    """The recipe of a comparison that an older version began, with the keys that have come since.
-
-    What says how things were done before there was a key is in content.LATER; all else is as its default.
-    """
+    """The recipe of a comparison that an older version began, with the keys that have come since."""
     if not isinstance(raw, dict):
         return raw
-    raw = raw | {name: LATER[name] | raw[name] for name in (*SECTIONS, "evaluation") if isinstance(raw.get(name), dict)}
-    for part in ("tasks", "retention"):
-        if isinstance(raw.get(part), dict):
-            raw[part] = {name: LATER["tasks"] | spec for name, spec in raw[part].items()}
-    for name, method in raw.get("methods", {}).items():
-        own = {part: LATER[part] | method[part] for part in SECTIONS if isinstance(method.get(part), dict)}
-        if operator := method.get("operator"):
-            known = {field.name for field in fields(OPERATORS[operator["name"]])}
-            own["operator"] = {key: old for key, old in LATER["operator"].items() if key in known} | operator
-        raw["methods"] = raw["methods"] | {name: method | own}
+    raw = with_later_keys(raw, (*SECTIONS, "evaluation"))
+    methods = {name: with_later_keys(method, SECTIONS) for name, method in raw.get("methods", {}).items()}
     try:
-        return read_yaml(to_yaml(compare_recipe_from_mapping(raw)))
+        return read_yaml(to_yaml(compare_recipe_from_mapping(raw | {"methods": methods})))
     except RecipeError:  # it says what no recipe may any more: let the difference be named
         return raw
 

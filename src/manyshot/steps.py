@@ -37,6 +37,8 @@ class Run:
     shared: Path | None = None
     # where the curves are sent
     tracking: Tracking | None = None
+    # the recipe under whose names finished work is found, where it is not this one to the letter
+    begun: Recipe | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

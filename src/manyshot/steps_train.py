@@ -117,10 +117,10 @@ def local_update_jobs(
 
 
 def _job(run: Run, task: Task, start: ModelState, round_index: int, steps: Steps, folder: Path) -> LocalUpdateJob:
-    recipe, total_steps = run.recipe, run.recipe.protocol_of(task.name).local_steps
+    recipe, named, total_steps = run.recipe, run.begun or run.recipe, run.recipe.protocol_of(task.name).local_steps
     kept = _kept_optimizer(run, round_index, task)
     inputs = [
-        *(run.base.digest, _start_digest(start), keyed("local_update", recipe.local_update.model_dump(mode="json"))),
+        *(run.base.digest, _start_digest(start), keyed("local_update", named.local_update.model_dump(mode="json"))),
         *(recipe.merge.space, recipe.seed),
         *(round_index, steps.num_steps, steps.steps_before, total_steps),
         *(recipe.evaluation.loss_on, recipe.evaluation.batch_size),

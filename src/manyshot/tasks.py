@@ -69,6 +69,13 @@ class Task:
         """SHA-256 over every example of every split: two tasks with equal digests train and score alike."""
         return self._digest
 
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Number and digest of every split's examples: what says which of them changed."""
+        return {
+            split: {"examples": len(part), "sha256": _digest_of([_of_digest(example) for example in part])}
+            for split, part in (("train", self.train), ("validation", self.validation), ("test", self.test))
+        }
+
     def without_test(self) -> Task:
         """The task without its test examples, under the same digest: for what must never see them."""
         blind = replace(self, test=())
@@ -77,12 +84,17 @@ class Task:
 
     @cached_property
     def _digest(self) -> str:
-        parts = [
-            [{key: value for key, value in asdict(example).items() if key != "source"} for example in part]
-            for part in (self.train, self.validation, self.test)
-        ]
-        blob = json.dumps(parts, default=str)  # `meta` may hold dates and the like
-        return hashlib.sha256(blob.encode()).hexdigest()
+        parts = [[_of_digest(example) for example in part] for part in (self.train, self.validation, self.test)]
+        return _digest_of(parts)
+
+
+def _of_digest(example: Example) -> dict[str, Any]:
+    return {key: value for key, value in asdict(example).items() if key != "source"}
+
+
+def _digest_of(parts: Any) -> str:
+    blob = json.dumps(parts, default=str)  # `meta` may hold dates and the like
+    return hashlib.sha256(blob.encode()).hexdigest()
 
 
 class Tokenizer(Protocol):

@@ -21,6 +21,7 @@ from manyshot.errors import RunFolderError
 from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
 from manyshot.recipe_file import to_yaml
+from manyshot.run_identity import differences, environment
 from manyshot.rundir import (
     RunFolder,
     append_line,
@@ -31,7 +32,6 @@ from manyshot.rundir import (
     write_json,
     write_text,
 )
-from manyshot.runner import differences, environment
 from manyshot.tune_recipe import TuneRecipe
 from manyshot.tune_sampler import Tried
 from manyshot.tune_space import Settings

@@ -26,9 +26,9 @@ from manyshot.progress import Listener, Progress
 from manyshot.recipe import operator_warnings
 from manyshot.recipe_file import to_yaml
 from manyshot.rounds import merge_round, run_round
+from manyshot.run_identity import describe as describe_run
 from manyshot.run_lock import clear, one_writer
 from manyshot.rundir import read_json, remove, require_space, write_json, write_text
-from manyshot.runner import describe as describe_run
 from manyshot.seeding import derive_seed, preserved_random_state
 from manyshot.steps import Expert, Run, measure
 from manyshot.steps_train import all_steps_alone, update_locally

@@ -1,0 +1,171 @@
+"""What a run was begun with (recipe, data, base model, packages, machine), and what of it differs when it goes on.
+
+What decides results must be what it was; it is told apart by content. What does not is told, and written down.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import yaml
+
+from manyshot.errors import RunFolderError
+from manyshot.inputs import Inputs
+from manyshot.models import choose_placement
+from manyshot.older_recipe import run_as_now
+from manyshot.recipe import Recipe
+from manyshot.recipe_file import to_yaml
+from manyshot.rundir import RunFolder, read_json, write_json, write_text
+from manyshot.yaml_text import read_yaml
+
+Json = dict[str, Any]
+PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+# keys of a recipe that may be others when a run goes on: where it computes, who is told, what happens after a failure
+MAY_CHANGE = (
+    *("trackers", "local_update.device"),
+    *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),
+)
+# what environment.json says of the machine, which may be another
+MACHINE = ("packages", "python", "platform", "placement", "threads")
+RESUMED = "resumed_with"
+
+
+def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | None) -> list[str]:
+    """Write recipe.yaml, splits.json and environment.json; on resume, return what differs and may.
+
+    Raises RunFolderError with every difference in recipe, data or base model that would change the results.
+    """
+    if not folder.environment.exists():
+        write_text(folder.recipe, to_yaml(recipe))
+        write_json(folder.splits, {task.name: dict(task.splits) for task in inputs.tasks})
+        write_json(folder.environment, environment(recipe, inputs, identity_of(inputs), command))
+        return []
+    changed = [line for line in differences(recipe_of(folder), read_yaml(to_yaml(recipe))) if not may_change(line)]
+    if changed:
+        longer = any(line.startswith(("protocol.rounds:", "tasks.")) for line in changed)
+        extend = "manyshot extend adds rounds and tasks to a finished run; " if longer else ""
+        raise RunFolderError(
+            f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; {extend}use --force to start over"
+        )
+    before = read_json(folder.environment)
+    now = environment(recipe, inputs, identity_of(inputs), command)
+    if keys := [line.split(":")[0] for line in differences(before.get("identity"), now["identity"])]:
+        details = "; ".join(changed_inputs(before.get("inputs", {}), now["inputs"]))
+        raise RunFolderError(
+            f"{folder.path}: the content of {', '.join(keys)} changed since the run began"
+            f"{f' ({details})' if details else ''}; put it back as it was, or use --force to start over"
+        )
+    return _note_machine(folder, before, now)
+
+
+def recipe_of(folder: RunFolder) -> Any:
+    """The recipe that a run was begun with, as plain data of this version. Raises RunFolderError for a damaged one."""
+    try:
+        return run_as_now(read_yaml(folder.recipe.read_text("utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{folder.recipe}: damaged ({error}); use --force to start over") from None
+
+
+def may_change(line: str) -> bool:
+    """Whether a line of differences() is about what may be another when a run goes on."""
+    key = line.split(":", maxsplit=1)[0]
+    return any(key == one or key.startswith(f"{one}.") for one in MAY_CHANGE)
+
+
+def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe under whose names finished work is found: the run's own, wherever it computes now."""
+    device = recipe_of(folder)["local_update"]["device"]
+    return recipe.model_copy(update={"local_update": recipe.local_update.model_copy(update={"device": device})})
+
+
+def _note_machine(folder: RunFolder, before: Json, now: Json) -> list[str]:
+    """What differs from the machine that the run was on last; it is added to environment.json."""
+    resumed = before.get(RESUMED, [])
+    known = _leaves({key: before.get(key) for key in MACHINE})
+    for entry in resumed:
+        known |= entry
+    found = {
+        key: value for key, value in _leaves({key: now[key] for key in MACHINE}).items() if known.get(key) != value
+    }
+    if found:
+        write_json(folder.environment, before | {RESUMED: [*resumed, found]})
+    return [f"{key}: {known.get(key)} -> {value}" for key, value in found.items()]
+
+
+def _leaves(value: Mapping[str, Any], key: str = "") -> Json:
+    """{"packages.torch": "2.6.0", …}"""
+    found: Json = {}
+    for name, part in value.items():
+        found |= _leaves(part, f"{key}{name}.") if isinstance(part, Mapping) else {f"{key}{name}": part}
+    return found
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def identity_of(inputs: Inputs) -> Json:
+    """Digests of all that a run reads: equal digests, equal results."""
+    return {"model": inputs.base.digest, "tasks": {task.name: task.digest() for task in inputs.tasks}}
+
+
+def environment(recipe: Recipe, inputs: Inputs, identity: Json, command: str | None) -> Json:
+    """Versions, machine, placement and identity of the inputs, these also in parts: what says which of them changed."""
+    return {
+        "command": command or shlex.join(sys.argv),
+        "identity": identity,
+        "inputs": {
+            "model": dict(inputs.base.files),
+            "tasks": {task.name: task.fingerprint() for task in inputs.tasks},
+        },
+        "base_model": {"name": inputs.base.name, "path": str(inputs.base.path)},
+        "placement": choose_placement(recipe.local_update).text,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        return [
+            line for name in names for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
+
+
+def changed_inputs(before: Json, now: Json) -> list[str]:
+    """What changed in the base model's files and the tasks' splits, in words; nothing where it was not written down."""
+    found = []
+    old, new = before.get("model", {}), now["model"]
+    if old and new:
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                found.append(f"{name} of the model {'is gone' if name not in new else _new_or_other(name in old)}")
+    for task, parts in now["tasks"].items():
+        known = before.get("tasks", {}).get(task, {})
+        for split, part in parts.items():
+            if split in known and known[split] != part:
+                count, was = part["examples"], known[split]["examples"]
+                what = f"{was} -> {count} examples" if count != was else f"{count} examples, some of them others"
+                found.append(f"{task}, {split}: {what}")
+    return found
+
+
+def _new_or_other(known: bool) -> str:
+    return "was changed" if known else "is new"
