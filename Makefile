@@ -44,6 +44,10 @@ docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --keep-going --quiet -b html docs build/docs
 	@echo "build/docs/index.html"
 
+# 200 runs, each killed once and resumed; CI kills 20 times (tests/test_crash.py)
+test-crash: setup
+	$(BIN)/python tests/crash_harness.py --kills 200 --seed $(SEED) --record docs/reliability.md
+
 bench: setup
 	$(BIN)/python benchmarks/training_throughput.py
 	$(BIN)/python benchmarks/demo_run.py

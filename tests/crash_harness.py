@@ -80,8 +80,9 @@ MARKER = "<!-- newest first; make test-crash adds a row -->\n"
 
 @dataclass(frozen=True)
 class Kill:
-    """Send `number` to oneself at the n-th point of a life."""
+    """Send `number` to oneself at the n-th point of one kind in a life."""
 
+    kind: str
     at: int
     number: signal.Signals
     seed: str
@@ -106,6 +107,9 @@ class Life:
         """Tasks that it scored a model on."""
         return sum(event["kind"] == "start" and event["phase"] == "score" for event in self.events)
 
+    def of_kind(self, kind: str) -> list[str]:
+        return [point for point in self.points if point.split()[0] == kind]
+
 
 # ---- one life --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +118,8 @@ class Points:
     """Counts the points of this process, writes them down, and ends it at one of them."""
 
     def __init__(self, log: Path, folder: Path, kill: Kill | None) -> None:
-        self.log, self.folder, self.kill, self.count = os.open(log, os.O_WRONLY | os.O_CREAT), folder, kill, 0
+        self.log, self.folder, self.kill = os.open(log, os.O_WRONLY | os.O_CREAT), folder, kill
+        self.count: Counter[str] = Counter()
         self.lock = threading.RLock()  # pieces of a merge are written by several threads
 
     def passing(self, point: str, path: Path) -> None:
@@ -138,9 +143,10 @@ class Points:
 
     def reach(self, name: str, tear: Callable[[random.Random], None]) -> None:
         with self.lock:
-            self.count += 1
+            kind = name.split(maxsplit=1)[0]
+            self.count[kind] += 1
             os.write(self.log, f"# {name}\n".encode())
-            if self.kill is None or self.count != self.kill.at:
+            if self.kill is None or (kind, self.count[kind]) != (self.kill.kind, self.kill.at):
                 return
             if self.kill.number == signal.SIGKILL:
                 tear(random.Random(self.kill.seed))
@@ -256,7 +262,7 @@ def break_run(reference: Reference, work: Path, seed: str, kills: int, outcome: 
     command = ["run", str(reference.recipe), "--output", str(folder), "--resume", "--json"]
     told: list[str] = []
     for left in range(kills, -1, -1):
-        kill = Kill(rng.randint(1, max(1, len(reference.life.points) * left // kills)), choose(rng), f"{seed}/{left}")
+        kill = choose(rng, reference.life, left / kills, f"{seed}/{left}")
         before, (steps, scored) = finished_files(folder), reference.pending(folder)
         life = live(command, folder, log, kill if left else None)
         after = finished_files(folder)
@@ -264,14 +270,15 @@ def break_run(reference: Reference, work: Path, seed: str, kills: int, outcome: 
         where = f"{reference.recipe.stem}, {seed}, {' then '.join(told) or 'begin'}"
         if rewritten:
             outcome.problems.append(f"{where}: written again: {', '.join(rewritten)}")
-        if len(life.points) < kill.at or not left:  # it came to its end
+        reached = life.of_kind(kill.kind)[kill.at - 1 :]
+        if not left or not reached:  # it came to its end
             break
-        told.append(f"{kill.number.name} at {life.points[kill.at - 1]}")
+        told.append(f"{kill.number.name} at {reached[0]}")
         if (problem := ill_ended(life, kill, folder)) is not None:
             outcome.problems.append(f"{where}, {told[-1]}: {problem}")
         outcome.repeated_steps += max(0, life.steps - steps)
         outcome.kills[kill.number.name] += 1
-        outcome.points[life.points[kill.at - 1].split()[0]] += 1
+        outcome.points[kill.kind] += 1
     if life.status != 0:
         outcome.problems.append(f"{where}: the resume ended with {life.status}: {life.errors[-2000:]}")
         return
@@ -287,8 +294,11 @@ def break_run(reference: Reference, work: Path, seed: str, kills: int, outcome: 
         outcome.problems.append(f"{where}: left over: {', '.join(left_over)}")
 
 
-def choose(rng: random.Random) -> signal.Signals:
-    return rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+def choose(rng: random.Random, unbroken: Life, part: float, seed: str) -> Kill:
+    """A kind of point, each as often as every other, and one of that kind in the first part of an unbroken run."""
+    kind = rng.choice(sorted({point.split()[0] for point in unbroken.points}))
+    at = rng.randint(1, max(1, int(part * len(unbroken.of_kind(kind)))))
+    return Kill(kind, at, rng.choices(list(SIGNALS), list(SIGNALS.values()))[0], seed)
 
 
 def ill_ended(life: Life, kill: Kill, folder: Path) -> str | None:
