@@ -215,7 +215,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "comparison": {
         *{"compare_folder", "compare_inputs", "compare_jobs", "compare_outputs", "compare_place", "compare_plan"},
-        *{"compare_recipe", "compare_results", "compare_trials", "disk", "executors", "progress", "run_lock", "rundir"},
+        *{"compare_recipe", "compare_results", "compare_trials", "disk", "executors", "manifest", "progress"},
+        *{"run_lock", "rundir"},
     },
     "compare_statistics": {"errors", "rundir"},
     "compare_grid": {"compare_statistics", "errors"},

@@ -25,6 +25,7 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="Cells at once, e
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the comparison that is in the folder.")]
 Extend = Annotated[bool, typer.Option("--extend", help="Go on with a changed recipe; finished cells stay.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete the comparison that is in the folder first.")]
+Repair = Annotated[bool, typer.Option("--repair", help="As --resume; what was changed or removed is redone.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -38,6 +39,7 @@ def compare(
     resume: Resume = False,
     extend: Extend = False,
     force: Force = False,
+    repair: Repair = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +58,14 @@ def compare(
 
         listener = _Lines(quiet or as_json).listen
         result = run_compare(
-            loaded, folder, resume=resume, extend=extend, force=force, workers=workers, listener=listener
+            loaded,
+            folder,
+            resume=resume,
+            extend=extend,
+            force=force,
+            repair=repair,
+            workers=workers,
+            listener=listener,
         )
     except KeyboardInterrupt:
         print(f"manyshot: interrupted; go on with --resume --output {folder}", file=sys.stderr)

@@ -19,7 +19,7 @@ from manyshot.errors import ManyshotError
 from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.executors import LocalExecutor
 from manyshot.local_update import LocalUpdateJob, expert_state, run_local_update
-from manyshot.manifest import MANIFEST
+from manyshot.manifest import MANIFEST, files_in, seal
 from manyshot.models import ModelState
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.outer import STATE_NAME
@@ -132,6 +132,7 @@ def run_trial(job: TrialJob, progress: Progress) -> Json:
             if not (job.folder / TRIAL).exists():
                 write_json(job.folder / TRIAL, _train_jointly(job, own) if job.joint else _run_rounds(job, own))
             _prune(job)
+            seal(job.folder, "trial", files_in(job.folder / TRIAL, _last_task_vector(job)))
             if job.scored:
                 _score(job, own)
     except FAILURES as error:
@@ -157,8 +158,11 @@ def trained_state(job: TrialJob) -> ModelState:
     pretrained = ModelState(job.base.path, trust_remote_code=job.recipe.trust_remote_code)
     if job.joint:
         return expert_state(pretrained, _joint_folder(job))
-    last = RunFolder(job.folder).round(job.recipe.protocol.rounds)
-    return replace(pretrained, task_vector=last / "task_vector.safetensors")
+    return replace(pretrained, task_vector=_last_task_vector(job))
+
+
+def _last_task_vector(job: TrialJob) -> Path:
+    return RunFolder(job.folder).round(job.recipe.protocol.rounds) / "task_vector.safetensors"
 
 
 def _run_rounds(job: TrialJob, progress: Progress) -> Json:

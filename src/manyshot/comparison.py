@@ -33,6 +33,7 @@ from manyshot.compare_results import References, collect
 from manyshot.compare_trials import candidate_of, settings_of, trial_job, tune
 from manyshot.disk import disk_errors
 from manyshot.executors import Executor, LocalExecutor, ProcessExecutor
+from manyshot.manifest import check_files
 from manyshot.progress import Listener, Progress
 from manyshot.run_lock import clear, one_writer
 from manyshot.rundir import write_json
@@ -56,6 +57,7 @@ def compare(
     resume: bool = False,
     extend: bool = False,
     force: bool = False,
+    repair: bool = False,
     workers: int = 1,
     listener: Listener | None = None,
     command: str | None = None,
@@ -63,10 +65,10 @@ def compare(
     """Run every cell of the grid into the folder `output`; write results.json, tables and figures.
 
     A folder that is not empty is refused unless `resume` (the same recipe), `extend` (a changed one: finished cells
-    that are still wanted stay) or `force` (start over). Raises ManyshotError for inputs that cannot be used; a cell
-    that fails is recorded, and the others go on.
+    that are still wanted stay) or `force` (start over); `repair` resumes, and redoes what was changed or removed.
+    Raises ManyshotError for inputs that cannot be used; a cell that fails is recorded, and the others go on.
     """
-    folder = CompareFolder(output)
+    folder, resume = CompareFolder(output), resume or repair
     claim(folder, recipe, resume=resume, extend=extend, force=force)
     with disk_errors(output), one_writer(output) as before, ExitStack() as stack:
         claim(folder, recipe, resume=resume, extend=extend, force=force)  # now that nobody else changes it
@@ -77,6 +79,7 @@ def compare(
         if force and not (resume or extend):
             clear(output)
         describe(folder, recipe, inputs, command)
+        check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
         executor: Executor = LocalExecutor()
         if workers > 1:
