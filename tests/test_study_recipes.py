@@ -155,7 +155,7 @@ def test_the_finalists_run_on_tasks_that_contradict_each_other(base_folder: Path
 
 def test_the_screening_runs_methods_that_train_in_their_own_way(base_folder: Path, data: Path, tmp_path: Path) -> None:
     methods = ("mean", "own_kept", "by_weight")
-    result = run_slice("better_screen", base_folder, data, tmp_path / "out", methods, {"four": ["math", "safety"]})
+    result = run_slice("better_screen", base_folder, data, tmp_path / "out", methods, {"unlike": ["math", "safety"]})
     settings = {cell["method"]: cell["settings"] for cell in result.results["cells"]}
     assert settings["own_kept"] == {"local_update.adapter_start": "own", "local_update.optimizer_state": "kept"}
     assert settings["by_weight"]["protocol.allocation"] == "gap"
