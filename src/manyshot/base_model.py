@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from manyshot.errors import ManyshotError, MissingExtraError, ModelError
+from manyshot.remote_code import consented
 from manyshot.rundir import atomic_folder, content_key, read_json, write_json
 from manyshot.tensors import Checkpoint, file_digest
 
@@ -66,7 +67,8 @@ def _download(spec: str, *, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     # the card says under which licence the model is
-    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), "README.md", *(["*.py"] if trust_remote_code else [])]
+    code = ["*.py"] if consented(trust_remote_code) else []
+    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), "README.md", *code]
     try:
         return Path(snapshot_download(spec, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - network, authentication and name errors have many types

@@ -54,8 +54,14 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a recipe run the Python code that came with its model.")
+    ] = False,
 ) -> None:
-    pass
+    if trust_remote_code:
+        from manyshot.remote_code import allow
+
+        allow()
 
 
 @app.command()

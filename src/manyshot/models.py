@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyshot.errors import ModelError, suggestion
+from manyshot.errors import ManyshotError, ModelError, suggestion
 from manyshot.recipe import LocalUpdate, Recipe
+from manyshot.remote_code import consented
 from manyshot.rundir import atomic_folder, write_json
 from manyshot.seeding import make_generator
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
@@ -91,6 +92,17 @@ def _check_device(device: str) -> None:
         )
 
 
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Whatever transformers raises, from inside of all that it builds of a folder's files, as one error."""
+    try:
+        yield
+    except (ManyshotError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - of any type, those of the Rust libraries have none of their own
+        raise ModelError(f"{what} ({error})") from None
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token. One of the same content is not loaded twice in a row."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jinja", ".model", ".txt")]
@@ -101,10 +113,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def _load_tokenizer(folder: Path, trust_remote_code: bool, digests: tuple[str, ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
+    with _library(f"{folder}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=consented(trust_remote_code))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{folder}: its tokenizer has neither a padding token nor an end token")
@@ -116,10 +126,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model folder."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its config.json cannot be used ({error})") from None
+    with _library(f"{folder}: its config.json cannot be used"):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=consented(trust_remote_code))
 
 
 def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -127,11 +135,8 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder}: no causal language model can be made from its config.json ({error})") from None
+    with _library(f"{folder}: no causal language model can be made from its config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=consented(trust_remote_code))
 
 
 def load_model(state: ModelState, placement: Placement) -> PreTrainedModel:
@@ -162,17 +167,15 @@ def _from_pretrained(folder: Path, placement: Placement, trust_remote_code: bool
 
     # the argument is left out where nothing is asked for: None would be a choice too
     attention = {"attn_implementation": placement.attention} if placement.attention else {}
-    try:
+    with _library(f"{folder}: the model cannot be loaded"):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             **attention,
             dtype=placement.dtype,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=consented(trust_remote_code),
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded ({error})") from None
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:5])
         raise ModelError(f"{folder}: weights are missing for {len(report['missing_keys'])} tensors, among them {names}")
@@ -384,14 +387,12 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """De-quantise a GGUF file into a float32 model folder with its tokenizer (float32 holds the values exactly)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        # the de-quantisation draws a progress bar that cannot be turned off
-        with quiet_transformers(), redirect_stderr(io.StringIO()):
-            options = {"gguf_file": file.name}
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{file}: not a GGUF file that transformers can read ({error})") from None
+    wrong = f"{file}: not a GGUF file that transformers can read"
+    # the de-quantisation draws a progress bar that cannot be turned off
+    with _library(wrong), quiet_transformers(), redirect_stderr(io.StringIO()):
+        options = {"gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)
     # the weights are plain floats now; with the quantisation still noted, save_pretrained refuses
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
