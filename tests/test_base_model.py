@@ -96,6 +96,9 @@ def test_find_base_model_downloads_no_pickles_and_explains_a_failure(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     found = find_base_model("owner/name")
     assert (found.name, found.path) == ("owner/name", tmp_path / "snapshot")
+    with pytest.raises(ModelError, match="A recipe alone cannot ask for that"):
+        find_base_model("owner/name", trust_remote_code=True)
+    monkeypatch.setenv("MANYSHOT_TRUST_REMOTE_CODE", "1")
     find_base_model("owner/name", trust_remote_code=True)
     (_, plain), (_, trusted) = asked
     assert set(trusted) - set(plain) == {"*.py"}  # code comes only where it may run

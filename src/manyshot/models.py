@@ -387,9 +387,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """De-quantise a GGUF file into a float32 model folder with its tokenizer (float32 holds the values exactly)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wrong = f"{file}: not a GGUF file that transformers can read"
     # the de-quantisation draws a progress bar that cannot be turned off
-    with _library(wrong), quiet_transformers(), redirect_stderr(io.StringIO()):
+    with _library(f"{file}: cannot be read as GGUF"), quiet_transformers(), redirect_stderr(io.StringIO()):
         options = {"gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)

@@ -23,7 +23,7 @@ def consented(asked: bool) -> bool:
     if asked and os.environ.get(CONSENT) != "1":
         raise ModelError(
             "trust_remote_code: true lets Python code run that came with the model, with all that you may do on this "
-            "machine. A recipe alone cannot ask for that: read the model's .py files, and if you trust them say so with "
+            "machine. A recipe alone cannot ask for that: read the model's .py files, and if you trust them say so by "
             f"`manyshot --trust-remote-code …` ({CONSENT}=1 from Python)"
         )
     return asked
