@@ -166,7 +166,8 @@ class FakeRun:
     def write_round(self, r: int) -> None:
         place = self.folder / f"round_{r:03d}"
         for task in self.tasks:
-            write(place / task / "local_update.json", {"task": task, "validation": {"loss": self.loss(task, 0.9)}})
+            update = {"task": task, "steps": 10, "validation": {"loss": self.loss(task, 0.9)}}
+            write(place / task / "local_update.json", update)
         self.write_merge(place, r)
         self.write_model(place, 0.35 + 0.6 * r / self.rounds)
         write(place / "DONE.json", {"round": r, "files": {}})

@@ -38,8 +38,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 def test_a_whole_run_has_every_section_and_no_problem(whole: Report) -> None:
     assert not whole.page.problems
-    assert [one.id for one in whole.page.sections] == ["tasks", "losses", "weights", "kept", "drift", "scores"]
-    assert all(one.figures for one in whole.page.sections)
+    assert [one.id for one in whole.page.sections] == [
+        *("tasks", "losses", "weights", "kept", "drift", "rounds", "scores"),
+    ]
+    assert all(one.figures or one.sheets for one in whole.page.sections)
     assert len(figure(whole, "losses").charts) == 4
     assert [one.title for one in section(whole, "weights").figures] == ["Merging weights", "Loss gaps"]
     assert [chart.title for chart in section(whole, "drift").figures[1].charts] == ["round 1", "round 2", "round 3"]
@@ -117,7 +119,9 @@ def test_a_run_that_never_merged_says_so(tmp_path: Path) -> None:
     report = build_report([FakeRun(tmp_path / "run", done=0, post_hoc=False).write()])
     assert report.page.verdict.startswith("Not finished: 0 of 3 rounds are done; the next step is")
     assert not report.page.cards
-    assert [one.id for one in report.page.sections if not one.figures] == ["losses", "weights", "kept", "drift"]
+    assert [one.id for one in report.page.sections if not one.figures and not one.sheets] == [
+        *("losses", "weights", "kept", "drift", "rounds"),
+    ]
     assert not report.page.problems
 
 
@@ -346,9 +350,11 @@ def test_cells_that_are_not_done_are_told(comparison: Path) -> None:
     report = build_report([comparison])
     said = [problem.message for problem in report.page.problems]
     assert any("TIES, many-shot, seed 1 failed (out of memory in round 2)" in line for line in said)
-    assert any("TIES, post-hoc, seed 2 is missing" in line for line in said)
-    stopped = report.page.details[0].stopped
-    assert stopped is not None and "cells are done" in stopped
+    assert any("seed 2 is missing for " in line and "TIES, post-hoc" in line for line in said)
+    cells = make_results()["cells"]
+    done = sum(cell["status"] == "done" for cell in cells)
+    assert report.page.details[0].stopped == f"{done} of {len(cells)} cells are done"
+    assert f"{report.page.details[0].name} is not finished: {done} of {len(cells)} cells are done." in report.page.notes
 
 
 def test_a_comparison_keeps_the_report_of_its_own(comparison: Path, tmp_path: Path) -> None:

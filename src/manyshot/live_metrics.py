@@ -72,7 +72,7 @@ def doing(lines: Sequence[Mapping[str, Any]]) -> Doing | None:
         elif line.get("kind") == "start":
             since = float(line["time"])
             return _doing(line) if found is None else Doing(**(vars(found) | {"since": since}))
-        elif line.get("kind") in ("phase", "begin", "end"):
+        elif line.get("kind") in ("phase", "begin", "end", "failed"):
             return None
     return None
 

@@ -56,7 +56,9 @@ class Row:
 
 @dataclass(frozen=True)
 class LiveState:
-    """A run at one moment. `left` is None while it cannot be estimated, `alive` where nobody can tell."""
+    """A run at one moment. `left` is None while it cannot be estimated, `alive` where nobody can tell; `failure` is
+    what it has ended with, where it said so.
+    """
 
     folder: Path
     outline: Outline
@@ -71,6 +73,7 @@ class LiveState:
     alive: bool | None
     last_activity: float | None
     moment: float
+    failure: str | None = None
 
     @property
     def silent(self) -> float:
@@ -79,8 +82,8 @@ class LiveState:
 
     @property
     def died(self) -> bool:
-        """Its process has ended and it has not finished."""
-        return not self.finished and self.alive is False
+        """It has failed, or its process has ended, and it has not finished."""
+        return not self.finished and (self.alive is False or self.failure is not None)
 
     @property
     def at_risk(self) -> bool:
@@ -92,6 +95,7 @@ def to_json(state: LiveState) -> dict[str, Any]:
     """What `manyshot status --json` says beside the steps and scores."""
     return {
         "process": {True: "running", False: "ended", None: "unknown"}[state.alive],
+        "failure": state.failure,
         "seconds": round(state.seconds, 1),
         "seconds_left": None if state.left is None else round(state.left, 1),
         "resume": None if state.finished else resume_command(state.folder),
@@ -117,7 +121,8 @@ class LiveRun:
         pending = [step for step in steps if not step.record.exists()]
         begin, finished = last_of(lines, "begin"), bool(lines) and lines[-1].get("kind") == "end"
         alive = is_alive(begin["process"]) if begin and isinstance(begin.get("process"), str) else None
-        runs = not finished and alive is not False
+        failure = str(lines[-1].get("error")) if lines and lines[-1].get("kind") == "failed" else None
+        runs = not finished and alive is not False and failure is None
         return LiveState(
             folder=self.path,
             outline=outline,
@@ -132,6 +137,7 @@ class LiveRun:
             alive=alive,
             last_activity=lines[-1]["time"] if lines else None,
             moment=moment,
+            failure=failure,
         )
 
 

@@ -31,9 +31,11 @@ def totals(state: LiveState) -> str:
 
 
 def troubles(state: LiveState) -> list[str]:
-    """Since when nothing has happened, where a run has died or may have, and how to go on."""
+    """What a run has failed with, or since when nothing has happened where it may have died; and how to go on."""
     if not (state.died or state.at_risk) or state.last_activity is None:
         return []
+    if state.failure is not None:
+        return [f"it ended with: {state.failure}", "go on with:", f"  {resume_command(state.folder)}"]
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.last_activity))
     ended = "its process has ended" if state.died else "if its process has ended"
     return [

@@ -7,7 +7,6 @@ watched from elsewhere, and one that died be told from one that takes its time.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from manyshot.memory import PeakMemory
 from manyshot.rundir import append_line
 
 # phases whose time is training or evaluation; all others are the run's own overhead
@@ -47,16 +47,6 @@ class Event:
 
 
 Listener = Callable[[Event], None]
-
-
-def peak_memory() -> int | None:
-    """The most memory that this process has ever held, in bytes; None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
 
 
 class TimedPhase:
@@ -96,10 +86,13 @@ class Progress:
         place = {"phase": phase, "round": round_index, "task": task, "total": total}
         self.record("start", **place)
         self.listener(event)
-        started = time.perf_counter()
-        yield TimedPhase(self, event)
-        seconds = time.perf_counter() - started
-        self.record("phase", **place, seconds=round(seconds, 4), memory=peak_memory(), **values)
+        memory, started = PeakMemory(), time.perf_counter()
+        try:
+            yield TimedPhase(self, event)
+            seconds = time.perf_counter() - started
+        finally:
+            held = memory.stop()
+        self.record("phase", **place, seconds=round(seconds, 4), **held, **values)
         self.listener(Event("end", phase, round_index, task, total or 0, total, values={"seconds": seconds} | values))
 
     def message(self, text: str, **values: Any) -> None:

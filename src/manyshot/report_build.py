@@ -16,6 +16,8 @@ from manyshot.report_examples import fitted
 from manyshot.report_figures import cosines, drift, kept, losses, radar, scores, weights
 from manyshot.report_page import Chart, Figure, Page, Section, Series, Sheet, listed, rounded, shown
 from manyshot.report_read import read_run
+from manyshot.report_resources import WRITTEN_BY
+from manyshot.report_rounds import rounds_sheet, search, steps
 from manyshot.report_verdict import cards, cautions, overview, verdict
 
 
@@ -107,16 +109,15 @@ def sections(blocks: Sequence[Block]) -> list[Section]:
     """The charts in their order."""
     detailed = [(block, subject) for block in blocks for subject in block.subjects if subject.detailed]
 
+    def name_of(block: Block, subject: Subject) -> str:
+        return f"{block.title}: {subject.name}" if len(blocks) > 1 else subject.name
+
     def of_blocks(make: Callable[[Block], Figure | None]) -> tuple[Figure, ...]:
         made = [(block.title, make(block)) for block in blocks]
         return _titled([(title, figure) for title, figure in made if figure], len(blocks) > 1)
 
     def of_subjects(make: Callable[[Block, Subject], Sequence[Figure | None]]) -> tuple[Figure, ...]:
-        made = [
-            (f"{block.title}: {subject.name}" if len(blocks) > 1 else subject.name, figure)
-            for block, subject in detailed
-            for figure in make(block, subject)
-        ]
+        made = [(name_of(block, subject), figure) for block, subject in detailed for figure in make(block, subject)]
         return _titled([(title, figure) for title, figure in made if figure], len(detailed) > 1)
 
     return [
@@ -134,6 +135,16 @@ def sections(blocks: Sequence[Block]) -> list[Section]:
             *("drift", "Drift and cosines"),
             of_subjects(lambda block, subject: [drift(subject, block.tasks), cosines(subject, block.tasks)]),
             "no round has recorded them",
+        ),
+        Section(
+            *("rounds", "Rounds"),
+            of_subjects(lambda block, subject: [steps(subject, block.tasks), search(subject)]),
+            "no round has been merged yet",
+            tuple(
+                sheet
+                for block, subject in detailed
+                if (sheet := rounds_sheet(subject, f": {name_of(block, subject)}" if len(detailed) > 1 else ""))
+            ),
         ),
         Section("scores", "Scores", of_blocks(scores), "no model has been scored yet"),
     ]
@@ -174,24 +185,45 @@ def _cost_sheets(details: Details, several: bool) -> list[Sheet]:
     of = f" of {details.name}" if several else ""
     found = []
     if details.phases:
-        rows = []
-        for phase in details.phases:
-            rate = phase.tokens / phase.seconds if phase.tokens and phase.seconds > 0 else None
-            tokens = f"{phase.tokens:,}" if phase.tokens is not None else ""
-            memory = f"{phase.memory / 2**30:.2f}" if phase.memory is not None else ""
-            rows.append(
-                (phase.name, shown(phase.seconds, 1), str(phase.count), tokens, shown(rate, 0) if rate else "", memory)
-            )
-        headers = ("phase", "seconds", "times", "tokens", "tokens/s", "peak GiB")
-        notes = [] if details.wall is None else [f"From begin to end: {shown(details.wall, 0)} s."]
-        if any(phase.memory for phase in details.phases):
-            notes.append("Peak: the largest memory of the process up to the end of such a phase.")
-        found.append(Sheet(f"Phases{of}", headers, tuple(rows), 1, tuple(notes)))
+        found.append(_phase_sheet(details, of))
     if details.disk:
-        kinds = [(kind, f"{size / 1e6:,.1f}") for kind, size in details.disk.items()]
-        kinds.append(("all", f"{sum(details.disk.values()) / 1e6:,.1f}"))
-        found.append(Sheet(f"Disk{of}", ("what", "MB"), tuple(kinds)))
+        kinds = [(kind, WRITTEN_BY.get(kind, ""), f"{size / 1e6:,.1f}") for kind, size in details.disk.items()]
+        kinds.append(("all", "", f"{sum(details.disk.values()) / 1e6:,.1f}"))
+        found.append(Sheet(f"Disk{of}", ("what", "written by", "MB"), tuple(kinds), 2))
     return found
+
+
+def _phase_sheet(details: Details, of: str) -> Sheet:
+    """Seconds, tokens, memory and disk of every phase; columns that have nothing are left out."""
+    disk: dict[str, int] = {}
+    for kind, size in details.disk.items():
+        disk[WRITTEN_BY.get(kind, "")] = disk.get(WRITTEN_BY.get(kind, ""), 0) + size
+    rows = []
+    for phase in details.phases:
+        rate = phase.tokens / phase.seconds if phase.tokens and phase.seconds > 0 else None
+        tokens = f"{phase.tokens:,}" if phase.tokens is not None else ""
+        memory, on_gpu = (
+            f"{size / 2**30:.2f}" if size is not None else "" for size in (phase.memory, phase.gpu_memory)
+        )
+        written = f"{disk[phase.name] / 1e6:,.1f}" if phase.name in disk else ""
+        cells = (shown(phase.seconds, 1), str(phase.count), tokens, shown(rate, 0) if rate else "")
+        rows.append((phase.name, *cells, memory, on_gpu, written))
+    headers = ("phase", "seconds", "times", "tokens", "tokens/s", "peak GiB", "GPU peak GiB", "disk MB")
+    shown_columns = [i for i in range(len(headers)) if i < 3 or any(row[i] for row in rows)]
+    notes = [] if details.wall is None else [f"From begin to end: {shown(details.wall, 0)} s."]
+    if any(phase.memory for phase in details.phases):
+        notes.append("Peak: the most memory that the process held during such a phase.")
+    if any(phase.gpu_memory for phase in details.phases):
+        notes.append("GPU peak: the most that PyTorch had allocated there.")
+    if disk:
+        notes.append("Disk: what the phase wrote and is still there.")
+    return Sheet(
+        f"Phases{of}",
+        tuple(headers[i] for i in shown_columns),
+        tuple(tuple(row[i] for i in shown_columns) for row in rows),
+        1,
+        tuple(notes),
+    )
 
 
 # ---- the tables of a comparison --------------------------------------------------------------------------------------

@@ -57,11 +57,11 @@ def read_comparison(path: Path) -> tuple[Grid, list[Block], Details]:
         raise RunFolderError(f"{results_path}: not the results of a comparison ({error!r})") from None
     for line in missing:
         records.note(results_path, line)
-    details = _details(records, grid, path, len(missing))
+    details = _details(records, grid, path)
     return grid, blocks, replace(details, examples=_examples(records, grid, blocks)) if blocks else details
 
 
-def _details(records: Records, grid: Grid, path: Path, num_missing: int) -> Details:
+def _details(records: Records, grid: Grid, path: Path) -> Details:
     environment = records.read(path / "environment.json", expected=True)
     recipe_path, recipe = path / "compare.yaml", ""
     try:
@@ -69,10 +69,10 @@ def _details(records: Records, grid: Grid, path: Path, num_missing: int) -> Deta
     except (OSError, UnicodeDecodeError) as error:
         records.note(recipe_path, f"cannot be read ({type(error).__name__})")
     seeds = dict.fromkeys(seed for spec in grid.task_sets.values() for seed in spec["seeds"])
-    cells = len(grid.results["cells"])
+    cells, done = len(grid.results["cells"]), sum(cell["status"] == "done" for cell in grid.results["cells"])
     return Details(
         name=str(grid.results["name"]),
-        stopped=f"{cells - num_missing} of {cells} cells are done" if num_missing else None,
+        stopped=f"{done} of {cells} cells are done" if done < cells else None,
         rounds=int(grid.results["rounds"]),
         operator=", ".join(grid.label(method) for method in grid.methods),
         base_model=", ".join(grid.models),
@@ -227,6 +227,8 @@ def _round(cells: Entries, index: int, tasks: list[str], path: Path) -> Round:
         kept_share=_mean(number(entry.get("kept_share")) for entry in entries),
         kept_by_layer=_kept(cells, index, path),
         distance=_mean(number(entry.get("distance")) for entry in entries),
+        steps=_means([entry.get("steps") for entry in entries], tasks),
+        scaling=_mean(number(entry.get("scaling")) for entry in entries),
     )
 
 

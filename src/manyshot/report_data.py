@@ -71,7 +71,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round recorded. `kept_by_layer` is the mean over the tensors of a layer."""
+    """What one round recorded. `kept_by_layer` is the mean over the tensors of a layer.
+
+    `steps` by task; `scaling` was chosen among the (scaling, what was minimised) of `search`; `outer_step` is the
+    recipe's; `notes` say what else happened, such as a task that was left out.
+    """
 
     index: int
     weights: Numbers
@@ -82,6 +86,13 @@ class Round:
     kept_share: float | None
     kept_by_layer: Numbers
     distance: float | None
+    steps: Numbers = field(default_factory=dict)
+    effective_tasks: float | None = None
+    update_norm: float | None = None
+    scaling: float | None = None
+    search: list[tuple[float, float]] = field(default_factory=list)
+    outer_step: float | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -159,13 +170,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Phase:
-    """All that was done of one kind. Tokens only where something was trained; memory is the process's largest."""
+    """All that was done of one kind. Tokens only where something was trained; memory is the most that was held."""
 
     name: str
     seconds: float
     count: int
     tokens: int | None
     memory: int | None
+    gpu_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,8 @@ class Details:
     recipe: str
     versions: dict[str, str]
     machine: dict[str, str]
+    # section of the recipe -> its settings in a line
+    settings: dict[str, str] = field(default_factory=dict)
     wall: float | None = None
     phases: list[Phase] = field(default_factory=list)
     disk: dict[str, int] = field(default_factory=dict)

@@ -243,10 +243,10 @@ def _stacked(subject: Subject, tasks: Sequence[str], title: str, pick: Pick, cap
     values = {task: [pick(one).get(task) for one in subject.rounds] for task in tasks}
     if not any(value is not None for row in values.values() for value in row):
         return None
-    return _by_round(subject, values, title, caption, "stack")
+    return by_round(subject, values, title, caption, "stack")
 
 
-def _by_round(
+def by_round(
     subject: Subject, values: dict[str, list[float | None]], title: str, caption: str, kind: Literal["stack", "lines"]
 ) -> Figure:
     """Bars or lines of every task over the rounds; a heat map where the tasks are too many for that."""
@@ -303,7 +303,7 @@ def drift(subject: Subject, tasks: Sequence[str]) -> Figure | None:
     if far:
         gone = ", ".join(f"{shown(distance)} after round {index}" for index, distance in far)
         caption += f" The merged model's distance from the pretrained one: {gone}."
-    return _by_round(subject, values, "Drift", caption, "lines")
+    return by_round(subject, values, "Drift", caption, "lines")
 
 
 def cosines(subject: Subject, tasks: Sequence[str]) -> Figure | None:

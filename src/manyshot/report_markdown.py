@@ -42,7 +42,7 @@ def _items(texts: Sequence[str]) -> list[str]:
 
 def _section(section: Section) -> list[str]:
     lines = ["", f"## {escape_markdown(section.title)}"]
-    if not section.figures:
+    if not section.figures and not section.sheets:
         lines += ["", f"Nothing to show: {escape_markdown(section.absent)}."]
     for figure in section.figures:
         lines += ["", escape_markdown(figure.caption), *_sheet(figure.sheet)]
@@ -98,7 +98,8 @@ def _guards(page: Page) -> list[str]:
             advice = f"; try {' or '.join(finding.suggestions)}" if finding.suggestions else ""
             lines.append(f"- {escape_markdown(f'{of}{where}: {finding.message}{advice}')}")
         if not one.findings:
-            lines.append(f"{of}{'The guards found nothing.' if one.guarded else 'No guards were recorded.'}")
+            said = "The guards found nothing." if one.guarded else "No guards were recorded."
+            lines.append(f"- {escape_markdown(of + said)}")
     return lines
 
 
@@ -107,7 +108,8 @@ def _facts(details: Details) -> list[str]:
     facts = {
         "command": details.command,
         "base model": details.base_model,
-        "operator": f"{details.operator}, {details.rounds} rounds",
+        "operator": f"{details.operator}, {details.rounds} round{'s' if details.rounds != 1 else ''}",
+        **details.settings,
         "seeds": ", ".join(map(str, details.seeds)),
         **details.machine,
         "versions": ", ".join(f"{name} {version}" for name, version in details.versions.items()),
@@ -115,6 +117,6 @@ def _facts(details: Details) -> list[str]:
     recipe = [f"    {line}".rstrip() for line in details.recipe.splitlines()]
     return [
         *("", f"### {escape_markdown(details.name)}", ""),
-        *(f"- {name}: {escape_markdown(value)}" for name, value in facts.items()),
+        *(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts.items()),
         *("", *recipe),
     ]

@@ -32,8 +32,8 @@ from manyshot.report_data import (
     numbers,
 )
 from manyshot.report_examples import Answering, read_examples
-from manyshot.report_resources import disk_use, read_phases, seconds_in_all
-from manyshot.rundir import RunFolder, read_json
+from manyshot.report_resources import disk_use, read_failure, read_phases, seconds_in_all
+from manyshot.rundir import FAILURE, ROLLBACK, RunFolder, read_json
 from manyshot.status import planned_steps, read_outline
 from manyshot.yaml_text import read_yaml
 
@@ -108,7 +108,10 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
     started = folder.round(1).exists() or finished
     pretrained = _model(records, folder.round(0), "pretrained", "pretrained", tasks, expected=started)
     experts = _experts(records, folder, tasks, expected=started) if evaluation["experts"] else None
-    found = [_read_round(records, folder, r, tasks, later=r in done or finished) for r in _seen(folder, rounds)]
+    steps = outer_steps(recipe, rounds)
+    found = [
+        _read_round(records, folder, r, tasks, steps.get(r), later=r in done or finished) for r in _seen(folder, rounds)
+    ]
     merged = [
         (r.index, beside_experts(model, pretrained, experts))
         for r, model in found
@@ -130,11 +133,12 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
     answering = _answering(folder, models, tasks, merged[-1][0] if merged else 0)
     details = Details(
         name=title,
-        stopped=None if finished else _standing(len(done), rounds, pending),
+        stopped=None if finished else _standing(len(done), rounds, pending, read_failure(folder.metrics)),
         rounds=rounds,
         operator=str(outline.operator),
         seeds=[int(recipe.get("seed") or 0)],
         recipe=text,
+        settings=settings_of(recipe),
         findings=_findings(records, folder, rounds),
         guarded=any(path.glob("round_*/guards.json")),
         wall=seconds_in_all(folder.metrics),
@@ -149,10 +153,11 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
     return Block(title, tasks, tasks, references, subjects, expert_losses, SPREAD, main), details
 
 
-def _standing(done: int, rounds: int, pending: Sequence[str]) -> str:
-    """Where an unfinished run stands."""
+def _standing(done: int, rounds: int, pending: Sequence[str], failure: str | None) -> str:
+    """Where an unfinished run stands, and what it failed with."""
     which = f"the next step is “{pending[0]}”" if pending else "only the final records are not written"
-    return f"{done} of {rounds} rounds {'is' if done == 1 else 'are'} done; {which}"
+    why = f"; it ended with: {failure}" if failure else ""
+    return f"{done} of {rounds} rounds {'is' if done == 1 else 'are'} done; {which}{why}"
 
 
 def _seen(folder: RunFolder, rounds: int) -> list[int]:
@@ -196,13 +201,14 @@ def _experts(records: Records, folder: RunFolder, tasks: list[str], *, expected:
 
 
 def _read_round(
-    records: Records, folder: RunFolder, index: int, tasks: list[str], *, later: bool
+    records: Records, folder: RunFolder, index: int, tasks: list[str], outer_step: float | None, *, later: bool
 ) -> tuple[Round, Model]:
     """What a round recorded, and the model it ended with."""
     place = folder.round(index)
     gaps = records.read(place / "loss_gap.json", expected=later)
     merge = records.read(place / "merge.json", expected=later)
-    experts = mapping(gaps.get("expert_losses"))
+    experts, searched = mapping(gaps.get("expert_losses")), mapping(merge.get("line_search"))
+    steps, notes = _read_updates(records, place, tasks, later=later)
     found = Round(
         index=index,
         weights=numbers(gaps.get("weights"), tasks),
@@ -213,8 +219,75 @@ def _read_round(
         kept_share=number(merge.get("kept_share")),
         kept_by_layer=kept_by_layer(mapping(merge.get("kept_by_tensor"))),
         distance=number(merge.get("merged_norm")),
+        steps=steps,
+        effective_tasks=number(gaps.get("effective_tasks")),
+        update_norm=number(merge.get("update_norm")),
+        scaling=number(searched.get("scaling")),
+        search=_search_points(searched),
+        outer_step=outer_step,
+        notes=notes + _taken_back(records, place),
     )
     return found, _model(records, place, f"after round {index}", "merged", tasks, expected=later)
+
+
+def _read_updates(records: Records, place: Path, tasks: Sequence[str], *, later: bool) -> tuple[Numbers, list[str]]:
+    """The steps of every task in a round, and which tasks it went on without."""
+    steps: Numbers = {}
+    notes = []
+    for task in tasks:
+        failed = records.read(place / task / FAILURE, expected=False)
+        if failed and not (place / task / "local_update.json").exists():
+            notes.append(f"went on without {task}: {failed.get('message')}".rstrip("."))
+            steps[task] = None
+        else:
+            update = records.read(place / task / "local_update.json", expected=later)
+            steps[task] = number(update.get("steps"))
+    return steps, notes
+
+
+def _search_points(searched: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(scaling, what was minimised) of every model that a line search measured."""
+    points = searched.get("points")
+    pairs = [
+        (number(mapping(one).get("scaling")), number(mapping(one).get("objective")))
+        for one in (points if isinstance(points, list) else [])
+    ]
+    return [(scaling, value) for scaling, value in pairs if scaling is not None and value is not None]
+
+
+def _taken_back(records: Records, place: Path) -> list[str]:
+    """What is to be said of a round whose merge was taken back."""
+    losses = mapping(records.read(place / ROLLBACK, expected=False).get("multi_task_loss"))
+    start, merged = number(losses.get("start")), number(losses.get("merged"))
+    if start is None or merged is None:
+        return []
+    return [f"the merge was taken back, since the multi-task loss would have gone from {start:.3f} to {merged:.3f}"]
+
+
+def outer_steps(recipe: Mapping[str, Any], rounds: int) -> dict[int, float]:
+    """The outer step size of every round, where merges are relative to what a round started from."""
+    merge = mapping(recipe.get("merge"))
+    given = merge.get("outer_step_size")
+    if merge.get("reference") != "start" or given is None:
+        return {}
+    sizes = given if isinstance(given, list) else [given] * rounds
+    return {r: size for r, one in enumerate(sizes, start=1) if (size := number(one)) is not None}
+
+
+def settings_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that decide how a run trains and merges, a line for each section; what is off is left out."""
+    found = {}
+    for section in ("protocol", "operator", "merge", "local_update"):
+        value = recipe.get(section)
+        pairs = [
+            f"{key} {str(one).lower() if isinstance(one, bool) else one}"
+            for key, one in mapping(value).items()
+            if one not in (None, "", [], {}) and key != "name" and not isinstance(one, dict)
+        ]
+        name = value if isinstance(value, str) else mapping(value).get("name")
+        if text := ", ".join([*([str(name)] if name else []), *pairs]):
+            found[section.replace("_", " ")] = text
+    return found
 
 
 def read_cosines(merge: Mapping[str, Any]) -> dict[str, Numbers]:

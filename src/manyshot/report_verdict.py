@@ -88,7 +88,7 @@ def cautions(block: Block, details: Sequence[Details]) -> list[str]:
             f"{num} record{'s are' if num > 1 else ' is'} missing or damaged, listed below; the rest is shown."
         )
     for one in details:
-        if one.stopped and len(details) > 1:
+        if one.stopped and one.stopped not in verdict(block, details):
             found.append(f"{one.name} is not finished: {one.stopped}.")
     return found
 
