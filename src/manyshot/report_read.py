@@ -33,7 +33,7 @@ from manyshot.report_data import (
 )
 from manyshot.report_examples import Answering, read_examples
 from manyshot.report_resources import disk_use, read_failure, read_phases, seconds_in_all
-from manyshot.rundir import FAILURE, ROLLBACK, RunFolder, read_json
+from manyshot.rundir import RunFolder, read_json
 from manyshot.status import planned_steps, read_outline
 from manyshot.yaml_text import read_yaml
 
@@ -235,7 +235,7 @@ def _read_updates(records: Records, place: Path, tasks: Sequence[str], *, later:
     steps: Numbers = {}
     notes = []
     for task in tasks:
-        failed = records.read(place / task / FAILURE, expected=False)
+        failed = records.read(place / task / "failure.json", expected=False)
         if failed and not (place / task / "local_update.json").exists():
             notes.append(f"went on without {task}: {failed.get('message')}".rstrip("."))
             steps[task] = None
@@ -257,7 +257,7 @@ def _search_points(searched: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 def _taken_back(records: Records, place: Path) -> list[str]:
     """What is to be said of a round whose merge was taken back."""
-    losses = mapping(records.read(place / ROLLBACK, expected=False).get("multi_task_loss"))
+    losses = mapping(records.read(place / "rollback.json", expected=False).get("multi_task_loss"))
     start, merged = number(losses.get("start")), number(losses.get("merged"))
     if start is None or merged is None:
         return []
