@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,12 @@ def run(
             tracking=tracking,
             begun=as_begun(recipe, folder),
         )
-        scores = run_rounds(current)
-        check_merged(current, scores)
+        try:
+            scores = run_rounds(current)
+            check_merged(current, scores)
+        except Exception as error:
+            tell_failure(output, progress, error)
+            raise
         progress.record("end")
         report(output, progress)
         return RunResult(output, folder.merged, scores, phase_seconds(folder))
@@ -104,6 +109,14 @@ def report(output: Path, progress: Progress) -> None:
         progress.message(f"report: {write_report([output]).html}")
     except ManyshotError as error:
         progress.message(f"warning: no report: {error}; manyshot report {shlex.quote(str(output))} tries again")
+
+
+def tell_failure(output: Path, progress: Progress, error: Exception) -> None:
+    """Say in the run's records what it ended with, and report what there is of it; a full disk has room for neither."""
+    text = str(error) if isinstance(error, ManyshotError) else f"{type(error).__name__}: {error}"
+    with suppress(OSError):
+        progress.record("failed", error=text)
+        report(output, progress)
 
 
 def check_folder(folder: RunFolder, *, resume: bool, force: bool) -> None:
