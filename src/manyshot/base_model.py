@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from manyshot.errors import ManyshotError, MissingExtraError, ModelError
+from manyshot.folder_links import refuse_links_out
 from manyshot.remote_code import consented
 from manyshot.rundir import atomic_folder, content_key, read_json, write_json
 from manyshot.tensors import Checkpoint, file_digest
@@ -58,6 +59,7 @@ def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config:
         raise ModelError(f"model: {spec} is a file; give a model folder, a .gguf file or a Hub id")
     else:
         folder, name = _download(spec, trust_remote_code=trust_remote_code), spec
+    refuse_links_out(folder)
     if need_config and not (folder / "config.json").is_file():
         raise ModelError(f"model: {folder} has no config.json")
     return BaseModel(name, folder, "")

@@ -19,6 +19,8 @@ from manyshot.errors import DataError, suggestion
 Row = dict[str, Any]
 MISSING = object()
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# a packed file may unpack to so much, or to so many times its size; a row without columns counts as well
+UNPACKED_BYTES, UNPACKED_TIMES, ROW_BYTES = 2**28, 1000, 64
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -92,6 +94,8 @@ def read_file(path: Path, task: str) -> list[Row]:
     """The rows of one data file. Raises DataError for a missing, empty, damaged or unknown file."""
     if not path.exists():
         raise DataError(f"task '{task}': no such data file: {path}")
+    if not path.is_file():  # a pipe or a device has no end
+        raise DataError(f"task '{task}': {path}: is no regular file")
     if path.suffix == ".jsonl":
         rows = _read_jsonl(path, task)
     elif path.suffix == ".json":
@@ -179,9 +183,19 @@ def _read_parquet(path: Path, task: str) -> list[Row]:
     import pyarrow
     from pyarrow import parquet
 
+    rows: list[Row] = []
+    unpacked, most = 0, max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size)
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                unpacked += batch.nbytes + ROW_BYTES * batch.num_rows
+                if unpacked > most:
+                    raise DataError(
+                        f"task '{task}': {path}: unpacks to more than {most / 1e9:.1f} GB, {UNPACKED_TIMES} times its "
+                        "size and more: no data set does. Write its rows as JSON lines if it is meant so"
+                    )
+                rows += batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"task '{task}': {path}: cannot be read ({type(error).__name__}: {error})") from None
     return rows
 

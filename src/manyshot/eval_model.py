@@ -9,6 +9,7 @@ from typing import Any
 from manyshot.base_model import find_base_model
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.local_update import RECORD, expert_state
+from manyshot.misshapen import misshapen
 from manyshot.models import ModelState, Placement, load_model
 from manyshot.peft_adapter import is_adapter
 from manyshot.recipe_file import load_recipe
@@ -39,6 +40,7 @@ class EvalModel:
         return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": paths}
 
 
+@misshapen(ModelError, "cannot be used as a model")
 def find_model(
     spec: str, *, base: str | None = None, adapter: str | None = None, round_index: int | None = None
 ) -> EvalModel:

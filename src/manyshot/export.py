@@ -10,6 +10,7 @@ from pathlib import Path
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, tile_entries
+from manyshot.folder_links import refuse_links_out
 from manyshot.rundir import atomic_folder, require_space, write_json
 from manyshot.task_vector import Scratch, StoredTaskVector, read_wide
 from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter, plan_shards, shard_name, write_index
@@ -111,6 +112,7 @@ def copy_side_files(source: Path, folder: Path, dtype: str | None) -> None:
     A subfolder comes along whole (further chat templates, code of the model), or not at all where weights lie in it: it
     is then another form of the model, with the base's weights.
     """
+    refuse_links_out(source)
     for file in side_files(source):
         target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import yaml
 
 from manyshot.base_model import find_base_model
 from manyshot.errors import RunFolderError
+from manyshot.misshapen import misshapen
 from manyshot.operators import Operator
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, read_json
@@ -39,8 +40,10 @@ class ExportSource:
 
     @property
     def merged(self) -> Path | None:
-        """The round's model folder, where it has not been deleted."""
+        """The round's model folder, where it has not been deleted and lies in the run."""
         folder = self.round / "merged"
+        if self.folder.path.resolve() not in folder.resolve().parents:
+            return None
         return folder if (folder / "config.json").is_file() else None
 
     @property
@@ -66,6 +69,7 @@ class ExportSource:
         return {"run": str(self.folder.path), "round": self.round_index, "base_model": base}
 
 
+@misshapen(RunFolderError, "its records cannot be read")
 def open_source(run: Path, round_index: int | None) -> ExportSource:
     """A round of a run, the last one when no number is given, with everything that it rests on checked by digest.
 

@@ -10,8 +10,10 @@ import yaml
 
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.match import open_experts, tied_duplicates
+from manyshot.misshapen import misshapen
 from manyshot.reading import Reference, TaskVectorReader, check_updates
 from manyshot.rundir import RunFolder, read_json
+from manyshot.status import read_outline
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint
 from manyshot.yaml_text import read_yaml
@@ -62,6 +64,7 @@ def open_models(base: Path, models: Mapping[str, Path]) -> Experts:
     return Experts(pretrained, models, reader.without(tied_duplicates(pretrained)))
 
 
+@misshapen(RunFolderError, "its records cannot be read")
 def open_round(path: Path, round_index: int | None = None, reference: Reference | None = None) -> Experts:
     """The experts of one round of a run, by default of the last finished one.
 
@@ -69,6 +72,7 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     folder without a run and a round without experts, naming both.
     """
     folder = RunFolder(path)
+    read_outline(folder)  # refuses names of tasks that are paths
     tasks, merged_reference = _read_recipe(folder)
     chosen = _last_round(folder) if round_index is None else round_index
     where = f"{path}, round {chosen}"

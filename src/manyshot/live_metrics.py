@@ -43,7 +43,7 @@ def _objects(blob: bytes) -> list[Line]:
     for line in blob.split(b"\n"):
         try:
             value = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and isinstance(value.get("time"), int | float):
             found.append(value)

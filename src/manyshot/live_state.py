@@ -12,8 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from manyshot.errors import RunFolderError
 from manyshot.live_estimate import Speed, seconds_left
 from manyshot.live_metrics import Doing, Line, MetricsTail, doing, last_of
+from manyshot.misshapen import misshapen
 from manyshot.process_mark import is_alive
 from manyshot.progress import wall_seconds
 from manyshot.rundir import RunFolder, read_json
@@ -112,6 +114,7 @@ class LiveRun:
     def __post_init__(self) -> None:
         self._tail = MetricsTail(RunFolder(self.path).metrics)
 
+    @misshapen(RunFolderError, "its records cannot be read")
     def read(self) -> LiveState:
         """The run as it is now. Raises RunFolderError where the folder holds no run."""
         folder, moment = RunFolder(self.path), time.time()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from manyshot.errors import ModelError
+from manyshot.folder_links import refuse_links_out
 from manyshot.peft_adapter import is_adapter, read_adapter
 from manyshot.rundir import read_json
 from manyshot.task_vector import ModelUpdate, Update
@@ -27,6 +28,7 @@ def open_experts(base: Checkpoint, experts: Mapping[str, Path], *, allow_copy: b
         if is_adapter(path):
             updates.append(read_adapter(path, base, task))
         else:
+            refuse_links_out(path)
             expert = Checkpoint(path)
             refuse_quantized(path, expert, f"model '{task}'")
             updates.append(match_model(task, expert, base, allow_copy=allow_copy))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.errors import ModelError
+from manyshot.folder_links import refuse_links_out
+from manyshot.misshapen import misshapen
 from manyshot.rundir import read_json
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterFactors, AdapterUpdate, Factor, FactorTable
 from manyshot.tensors import Checkpoint
@@ -26,6 +28,9 @@ HARMLESS = {
     *{"qalora_group_size", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"},
     *{"eva_config", "ensure_weight_tying"},
 }
+# no group is repeated, and at most two other things are: a pattern that a regular expression takes ages for needs more
+PATTERN = re.compile(r"[^*+{}]*(?:[^)*+{}][*+][^*+{}]*){0,2}", re.ASCII)
+MAX_ALPHA = 1e6
 # initialisations that leave the base's weights as they were
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?$")
@@ -42,6 +47,7 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
+@misshapen(ModelError, "its adapter_config.json holds a value that it cannot have")
 def read_adapter(folder: Path, base: Checkpoint, task: str) -> AdapterUpdate:
     """The update that a PEFT adapter makes to the tensors of `base`.
 
@@ -49,6 +55,7 @@ def read_adapter(folder: Path, base: Checkpoint, task: str) -> AdapterUpdate:
     """
     if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
         raise ModelError(_missing(folder, task))
+    refuse_links_out(folder)
     config = _read_config(folder, task)
     weights = Checkpoint(folder / ADAPTER_WEIGHTS_NAME)
     where = f"model '{task}' ({folder})"
@@ -99,9 +106,21 @@ def _read_config(folder: Path, task: str) -> dict[str, Any]:
             f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's own weights; "
             "save the adapter with path_initial_model_for_weight_conversion, which makes a plain one of it"
         )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise ModelError(f"{where}: lora_alpha is missing")
+    _check_number(config.get("lora_alpha"), f"{where}: lora_alpha")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        _check_number(value, f"{where}: alpha_pattern.{pattern}")
+        if not PATTERN.fullmatch(pattern):
+            raise ModelError(
+                f"{where}: alpha_pattern.{pattern}: is no pattern for names of modules; it may have letters, digits, "
+                "'_', '.', '|', '^', '$', '\\\\' and brackets, and repeat what is no group"
+            )
     return config
+
+
+def _check_number(value: object, where: str) -> None:
+    """It is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_ALPHA:
+        raise ModelError(f"{where} must be a number, found {value!r}")
 
 
 def _base_name(name: str, base: Checkpoint, where: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyshot.errors import PushError
+from manyshot.misshapen import misshapen
 from manyshot.rundir import RunFolder
 from manyshot.status import planned_steps, read_outline
 
@@ -40,6 +41,7 @@ class Upload:
         return sum(self.files.values())
 
 
+@misshapen(PushError, "cannot be read")
 def plan_upload(run: Path, repo: str, *, private: bool) -> Upload:
     """What a push of the run's merged model would upload. Asks no network.
 

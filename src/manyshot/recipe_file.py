@@ -178,13 +178,21 @@ def _resolve_paths(raw: dict[str, Any], source: Source, folder: Path) -> list[st
         value = holder[str(key[-1])]
         if not isinstance(value, str) or value.startswith("demo:"):
             continue
-        path = Path(value).expanduser()
-        found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), None)
+        found = _find(value, folder)
         if found is not None:
             holder[str(key[-1])] = str(found.resolve())
         elif _looks_local(value):
             problems.append(f"{source.place(key)}: {dotted(key)}: no such file or folder: {value}")
     return problems
+
+
+def _find(value: str, folder: Path) -> Path | None:
+    """The file or folder that a value names; None where there is none, or can be none of that name."""
+    try:
+        path = Path(value).expanduser()
+        return next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), None)
+    except (OSError, RuntimeError, ValueError):  # too long, no home of that user, a zero byte
+        return None
 
 
 def _path_holders(raw: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from manyshot.compare_grid import Grid
 from manyshot.compare_outputs import TABLES
 from manyshot.compare_render import Column, Table, cell_parts
 from manyshot.errors import RunFolderError
+from manyshot.misshapen import misshapen
 from manyshot.report_compare import read_comparison
 from manyshot.report_data import Block, Details, Model, Problem, Subject
 from manyshot.report_examples import fitted
@@ -29,6 +30,7 @@ class Report:
     blocks: list[Block]
 
 
+@misshapen(RunFolderError, "the records cannot be read")
 def build_report(paths: Sequence[Path]) -> Report:
     """The report of a run, of several runs side by side, or of a comparison.
 

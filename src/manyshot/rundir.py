@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise RunFolderError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged JSON ({error}); remove it to redo the step that wrote it") from None
     if not isinstance(value, dict):
         raise RunFolderError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -223,7 +223,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # cut off; or numbers of thousands of digits, thousands of brackets
             continue
     return [value for value in values if isinstance(value, dict)]
 

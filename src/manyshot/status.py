@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any, Literal
 import yaml
 
 from manyshot.errors import RunFolderError
+from manyshot.misshapen import misshapen
 from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines
 from manyshot.yaml_text import read_yaml
+
+# as recipe.TASK_NAME: names of tasks are names of folders, and no path
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# of all tasks and rounds together: every step is looked for in the folder
+MAX_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,17 @@ def read_outline(folder: RunFolder) -> Outline:
     try:
         recipe = read_yaml(folder.recipe.read_text("utf-8"))
         evaluation = {"experts": True, "post_hoc": False} | recipe["evaluation"]
-        return Outline(list(recipe["tasks"]), int(recipe["protocol"]["rounds"]), recipe["operator"]["name"], evaluation)
-    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        tasks, rounds = list(recipe["tasks"]), int(recipe["protocol"]["rounds"])
+        if wrong := [name for name in tasks if not (isinstance(name, str) and NAME.fullmatch(name))]:
+            raise ValueError(f"{wrong[0]!r} is no name of a task")
+        if not 0 < rounds * max(len(tasks), 1) <= MAX_STEPS:
+            raise ValueError(f"{rounds} rounds of {len(tasks)} tasks")
+        return Outline(tasks, rounds, str(recipe["operator"]["name"]), evaluation)
+    except (UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise RunFolderError(f"{folder.recipe}: is not the recipe of a run ({type(error).__name__}: {error})") from None
 
 
+@misshapen(RunFolderError, "its records cannot be read")
 def run_status(path: Path) -> dict[str, Any]:
     """Rounds and steps done, the next step, losses and scores of every finished round.
 

@@ -125,8 +125,7 @@ class AdapterFactors:
         self.folder = folder
         self.weights = Checkpoint(folder / ADAPTER_WEIGHTS_NAME)
         if table is None:
-            stored = read_json(folder / FACTORS_NAME)
-            table = FactorTable({name: Factor(**entry) for name, entry in stored.items()})
+            table = FactorTable(_read_factors(folder / FACTORS_NAME))
         self.factors = dict(sorted(table.factors.items()))
         self.whole = dict(table.whole)
         self.names = tuple(sorted({*self.factors, *self.whole}))
@@ -135,6 +134,9 @@ class AdapterFactors:
             for key in (factor.lora_a, factor.lora_b):
                 if key not in self.weights:
                     raise ModelError(f"{folder}: {FACTORS_NAME} names '{key}' for '{name}', the weights do not have it")
+            a_shape, b_shape = (self.weights.info(key).shape for key in (factor.lora_a, factor.lora_b))
+            if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1]:
+                raise ModelError(f"{folder}: the factors of '{name}' have shapes {a_shape} and {b_shape}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.whole:
@@ -180,6 +182,21 @@ class AdapterFactors:
             for old in list(self._cache)[:-CACHED_FACTORS]:
                 self._cache.pop(old, None)
         return found
+
+
+def _read_factors(file: Path) -> dict[str, Factor]:
+    """factors.json, as models.save_adapter writes it. Raises ModelError for anything else."""
+    found = {}
+    for name, entry in read_json(file).items():
+        try:
+            factor = Factor(**entry)
+        except TypeError:
+            raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}") from None
+        types = [type(value) for value in vars(factor).values()]
+        if types not in ([str, str, float, bool], [str, str, int, bool]) or not abs(factor.scaling) < math.inf:
+            raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}")
+        found[name] = factor
+    return found
 
 
 class AdapterUpdate:
