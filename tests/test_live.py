@@ -336,6 +336,19 @@ def test_a_run_that_died_is_said_to_have_and_how_to_go_on(halfway: Path) -> None
     assert to_json(state)["process"] == "ended"
 
 
+def test_a_run_that_failed_says_with_what_though_its_process_lives(halfway: Path) -> None:
+    append_line(halfway / "metrics.jsonl", {"kind": "failed", "error": "the loss is NaN", "time": time.time()})
+    state = follow(halfway, lambda state: pytest.fail("there is nothing to wait for"))
+    assert state.died and state.doing is None and to_json(state)["failure"] == "the loss is NaN"
+    assert troubles(state) == [
+        *("it ended with: the loss is NaN", "go on with:"),
+        f"  manyshot run {halfway}/recipe.yaml --resume --output {halfway}",
+    ]
+    append_line(halfway / "metrics.jsonl", {"kind": "begin", "process": process_mark(), "time": time.time()})
+    again = LiveRun(halfway).read()
+    assert not again.died and again.failure is None and troubles(again) == []
+
+
 def test_a_run_of_another_machine_that_is_silent_may_have_died(halfway: Path) -> None:
     state = LiveRun(halfway).read()
     assert not state.at_risk and troubles(state) == []

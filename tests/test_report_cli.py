@@ -111,3 +111,26 @@ def test_a_run_ends_with_its_report(runs: Runs, monkeypatch: pytest.MonkeyPatch)
     )
     assert again.scores == result.scores
     assert any(event.text.startswith("warning: no report: the disk is full; manyshot report ") for event in said)
+
+
+def test_a_run_that_fails_reports_what_there_is_and_why(runs: Runs) -> None:
+    folder = runs.new_folder()
+
+    def fail(event: Event) -> None:
+        if event.kind == "start" and (event.phase, event.round_index) == ("merge", 2):
+            raise RuntimeError("the disk has melted")
+
+    with pytest.raises(RuntimeError, match="the disk has melted"):
+        runner.run(runs.recipe(), folder, listener=fail)
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    assert (last["kind"], last["error"]) == ("failed", "RuntimeError: the disk has melted")
+    found = read_json(folder / "report.json")
+    assert found["verdict"].startswith(
+        "Not finished: 1 of 2 rounds is done; the next step is “round 2: merge”; it ended"
+    )
+    assert "RuntimeError: the disk has melted" in found["verdict"] and found["details"][0]["problems"] == []
+    first, second = found["blocks"][0]["subjects"][0]["rounds"]
+    assert first["kept_share"] is not None and second["kept_share"] is None  # weighed, and not merged
+    assert sum(second["weights"].values()) == pytest.approx(1)
+    runner.run(runs.recipe(), folder, resume=True)
+    assert read_json(folder / "report.json")["details"][0]["stopped"] is None
