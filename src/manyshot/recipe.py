@@ -6,7 +6,7 @@ Unknown keys fail with a suggestion, the file and the line, and all errors come 
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -153,12 +153,17 @@ KEPT_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks", "weight_memory")
 
 
+@cache
+def _operator_adapter() -> TypeAdapter[Operator]:
+    """Made once: making it takes longer than reading a recipe."""
+    return TypeAdapter(OperatorChoice)
+
+
 def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> OperatorPlan:
     """The operators that `overrides` make of the recipe's one: its settings with others in their place, or another
     operator where `name` says so. Raises PydanticCustomError that names pattern and setting.
     """
-    adapter: TypeAdapter[Operator] = TypeAdapter(OperatorChoice)
-    made = []
+    adapter, made = _operator_adapter(), []
     for pattern, settings in overrides.items():
         name = settings.get("name", operator.name)
         same = {} if name != operator.name else dataclasses.asdict(operator)
