@@ -73,7 +73,8 @@ CONTRACT: dict[str, list[dict[str, Any]]] = {
 CASES = [(name, options) for name, rows in CONTRACT.items() for options in ({}, *rows)]
 MATRIX_NAMES = [name for name, kind in BUILT_IN.items() if issubclass(kind, MatrixOperator)]
 WEIGHTING = {name: "normalized" if name in ("mean", "metis") else "multiplier" for name in CONTRACT}
-DOCS = (Path(__file__).parent.parent / "docs" / "operators.md").read_text("utf-8")
+DOCS_FOLDER = Path(__file__).parent.parent / "docs"
+DOCS = (DOCS_FOLDER / "operators.md").read_text("utf-8")
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=40)
 floats = st.floats(-8, 8, width=32)
@@ -143,10 +144,10 @@ def streamed(
 # ---- every operator --------------------------------------------------------------------------------------------------
 
 
-def test_operators_table_has_a_contract_row_a_reference_and_a_docs_section_for_each() -> None:
+def test_operators_table_has_a_contract_row_a_reference_and_a_docs_page_for_each() -> None:
     assert set(BUILT_IN) == set(CONTRACT) == set(reference.REFERENCES)
     assert set(MATRIX_NAMES) == set(reference.MATRIX_REFERENCES)
-    assert set(BUILT_IN) == set(re.findall(r"^## `(\w+)`$", DOCS, flags=re.MULTILINE))
+    assert set(BUILT_IN) == {page.stem for page in (DOCS_FOLDER / "operators").glob("*.md")}
     assert all(BUILT_IN[name]().name == name for name in BUILT_IN)
     assert BUILT_IN.items() <= OPERATORS.items()
 
@@ -930,7 +931,7 @@ def test_plan_weights_for_an_operator_of_the_other_kind() -> None:
     assert total.weights_for(Mean(), (1.0, 3.0)) == (0.25, 0.75)
 
 
-# ---- docs/operators.md -----------------------------------------------------------------------------------------------
+# ---- docs/operators.md, docs/operators/ ------------------------------------------------------------------------------
 
 
 def section(heading: str) -> str:
@@ -942,10 +943,15 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def table_rows(name: str) -> list[dict[str, str]]:
-    """The parameter table of an operator's section."""
-    lines = [line for line in section(f"`{name}`").splitlines() if line.startswith("| ")]
+    """The parameter table of an operator's page, without the line under its head."""
+    table = page(name).split("## Parameters\n")[1].split("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
     cells = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+
+def page(name: str) -> str:
+    return (DOCS_FOLDER / "operators" / f"{name}.md").read_text("utf-8")
 
 
 # what a range in the docs leaves out
@@ -954,16 +960,19 @@ OUTSIDE: dict[str, Sequence[Any]] = {
     "> 0, or auto": (0.0, float("inf"), "automatic"),
     "≥ 0": (-0.1, float("inf")),
     "> 0, ≤ 1": (0.0, 1.5, 20),
-    "1 … number of tasks": (0, -1),
+    "whole number ≥ 1": (0, -1, 1.5),
     "true, false": ("perhaps", 2),
     "≥ 0, < 1": (-0.1, 1.0),
     "absolute, relative, over_expert, over_start, none": ("both",),
-    "true, false, soft": ("perhaps", 2),
+    "true, false, or soft": ("perhaps", 2),
     "weighted, unweighted": ("both",),
     "none, norm": ("length",),
     "tensor, model": ("layer",),
     "task_arithmetic, ties": ("metis",),
 }
+
+
+HEADINGS = ("Parameters", "When to use it", "What we saw", "What it costs")
 
 
 @every_operator
@@ -981,11 +990,14 @@ def test_docs_parameter_tables_are_the_fields(name: str) -> None:
 
 
 @every_operator
-def test_docs_sections_name_their_source(name: str) -> None:
+def test_docs_pages_name_their_source_and_say_when_and_at_what_cost(name: str) -> None:
     module = importlib.import_module(f"manyshot.operators.{name}")
     identifiers = re.findall(r"arXiv (\d{4}\.\d{5})", str(module.__doc__))
     assert identifiers
-    assert all(identifier in section(f"`{name}`") for identifier in identifiers)
+    assert all(identifier in page(name) for identifier in identifiers)
+    headings = re.findall(r"^## (.*)$", page(name), flags=re.MULTILINE)
+    assert [one for one in headings if one in HEADINGS] == list(HEADINGS)
+    assert f"| [`{name}`](operators/{name}.md) |" in DOCS
 
 
 def test_docs_overrides_do_what_they_say() -> None:

@@ -1,6 +1,6 @@
 """The table of operators: ours, and those that installed packages bring through the entry point `manyshot.operators`.
 
-One of ours adds its file, a line here, a row in tests/test_operators.py and a section in docs/operators.md.
+One of ours adds its file, a line here, a row in tests/test_operators.py and a page in docs/operators/.
 """
 
 from __future__ import annotations
