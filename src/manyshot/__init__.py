@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyshot.api import compare as compare
+    from manyshot.api import extend as extend
     from manyshot.api import merge as merge
     from manyshot.api import report as report
     from manyshot.api import run as run
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "run": "manyshot.api",
+    "extend": "manyshot.api",
     "merge": "manyshot.api",
     "compare": "manyshot.api",
     "report": "manyshot.api",
@@ -110,6 +112,7 @@ __all__ = [
     "compare",
     "evaluate_model",
     "export_run",
+    "extend",
     "load_recipe",
     "merge",
     "merge_whole",

@@ -58,6 +58,25 @@ def run(
     )
 
 
+def extend(
+    run: str | Path,
+    rounds: int = 1,
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Add rounds to the finished run in the folder `run`, and tasks with them; returns the merged model and all scores.
+
+    `steps` local steps of each task in each round (default: as many as so far). `overrides` may add tasks
+    (`tasks.poems.data=poems.jsonl`) and give later rounds values. Raises manyshot.ManyshotError for a run that has
+    not finished, and for what would change what it has done.
+    """
+    from manyshot.extend_command import extend as extend_run
+
+    return extend_run(Path(run), rounds, steps, overrides, listener=listener)
+
+
 def merge(
     recipe: MergeRecipe | Mapping[str, Any] | str | Path,
     output: str | Path,

@@ -18,7 +18,11 @@ from manyshot.cli_runs import push, serve, status
 from manyshot.cli_tune import tune
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from manyshot.progress import Listener
     from manyshot.recipe import Recipe
+    from manyshot.runner import RunResult
 
 app = typer.Typer(
     name="manyshot",
@@ -83,6 +87,29 @@ def run(
 
 
 @app.command()
+def extend(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has finished.")],
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", min=1, help="How many more.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Local steps of each task in each (default: as so far).")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Add rounds to a run that has finished, and tasks with them (tasks.poems.data=poems.jsonl)."""
+
+    def start(listen: Listener) -> RunResult:
+        from manyshot.extend_command import extend as extend_run
+
+        return extend_run(run_folder, rounds, steps, overrides or [], listener=listen)
+
+    _watch(
+        start, run_folder, f"manyshot run {run_folder / 'recipe.yaml'} --resume --output {run_folder}", quiet, as_json
+    )
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     output: Output = None,
@@ -100,18 +127,26 @@ def demo(
 
 
 def _run(recipe: Recipe, output: Path, resume: bool, force: bool, repair: bool, quiet: bool, as_json: bool) -> None:
+    def start(listen: Listener) -> RunResult:
+        from manyshot.runner import run as run_recipe
+
+        return run_recipe(recipe, output, resume=resume, force=force, repair=repair, listener=listen)
+
+    _watch(start, output, f"--resume --output {output}", quiet, as_json)
+
+
+def _watch(start: Callable[[Listener], RunResult], output: Path, again: str, quiet: bool, as_json: bool) -> None:
+    """Start a run and show how it goes, and what came of it; `again` is how to go on with one that was interrupted."""
     from manyshot.cli_live import LiveView
     from manyshot.cli_view import open_view, show_result
 
     with open_view(quiet=quiet, as_json=as_json, on_terminal=lambda console: LiveView(console, output)) as view:
         try:
             view.say("loading torch, transformers and trl, then data and model …")
-            from manyshot.runner import run as run_recipe
-
-            result = run_recipe(recipe, output, resume=resume, force=force, repair=repair, listener=view.listen)
+            result = start(view.listen)
         except KeyboardInterrupt:
             view.close()
-            print(f"manyshot: interrupted; go on with --resume --output {output}", file=sys.stderr)
+            print(f"manyshot: interrupted; go on with {again}", file=sys.stderr)
             raise typer.Exit(130) from None
     show_result(result, quiet=quiet, as_json=as_json)
 

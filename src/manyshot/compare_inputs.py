@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from manyshot.compare_benchmarks import check_benchmarks
-from manyshot.compare_plan import all_cells, places
+from manyshot.compare_plan import all_cells, places, tries
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.errors import ManyshotError
 from manyshot.inputs import Inputs, check_inputs, check_model
 from manyshot.models import ModelState, meta_model, quiet_transformers
 from manyshot.progress import Progress
 from manyshot.recipe import Recipe, operator_warnings
+from manyshot.rundir import require_space
 from manyshot.tasks import check_batch, shared_rows
 from manyshot.trainer import check_trainer_arguments
 
@@ -36,6 +38,24 @@ def check_all_inputs(recipe: CompareRecipe, progress: Progress) -> dict[tuple[st
         models = {model: ModelState(one.base.path, trust_remote_code=remote) for (model, _), one in found.items()}
         check_benchmarks(recipe.benchmarks, recipe.harness, models)
     return found
+
+
+def check_space(
+    recipe: CompareRecipe, folder: Path, found: Mapping[tuple[str, int], Inputs], *, workers: int, finished: int
+) -> None:
+    """Refuse what the disk cannot hold: the last task vector of every trial, of those that run one of every round.
+
+    Where all weights are trained each shared local update is a model too, and so is each of a trial that runs.
+    """
+    sizes = {place: 4 * inputs.changed_entries for place, inputs in found.items()}
+    trials = [sizes[cell.place.model, cell.place.seed] for cell in all_cells(recipe) for _ in tries(recipe, cell)]
+    full = recipe.local_update.method == "full"
+    shared = sum(2 * len(recipe.sets[one.task_set].tasks) * sizes[one.model, one.seed] for one in places(recipe))
+    of_a_round = 1 + (max(len(one.tasks) for one in recipe.sets.values()) if full else 0)
+    running = workers * recipe.protocol.rounds * of_a_round * max(sizes.values())
+    left = max(0.0, 1 - finished / len(trials))
+    needed = int(left * (sum(trials) + (shared if full else 0)) + (running if left else 0))
+    require_space(folder, needed, f"what {len(trials) - min(finished, len(trials))} runs will write")
 
 
 def check_own_training(recipe: CompareRecipe, names: tuple[str, ...], found: Mapping[tuple[str, int], Inputs]) -> None:

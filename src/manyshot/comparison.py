@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.compare_folder import CompareFolder, claim, describe
-from manyshot.compare_inputs import check_all_inputs
-from manyshot.compare_jobs import TrialJob, limit_threads, run_trial
+from manyshot.compare_inputs import check_all_inputs, check_space
+from manyshot.compare_jobs import TRIAL, TrialJob, limit_threads, run_trial
 from manyshot.compare_outputs import write_outputs
 from manyshot.compare_place import (
     Comparison,
@@ -78,6 +78,7 @@ def compare(
         inputs = check_all_inputs(recipe, progress)
         if force and not (resume or extend):
             clear(output)
+        check_space(recipe, output, inputs, workers=workers, finished=len(list(folder.trials.glob(f"*/{TRIAL}"))))
         describe(folder, recipe, inputs, command)
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics

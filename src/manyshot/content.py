@@ -21,6 +21,10 @@ LATER: dict[str, dict[str, Any]] = {
     "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0},
     "evaluation": {},
 }
+# (settings of an operator, number): with these it computes something else than it did under the same names. The number
+# is part of the names from then on, so that what was computed before is not taken for it; a test of what operators
+# compute says when one is needed (tests/test_content.py).
+MEANINGS: tuple[tuple[dict[str, Any], int], ...] = ()
 # sections that decide nothing of what is done
 UNNAMED = ("trackers",)
 
@@ -28,7 +32,11 @@ UNNAMED = ("trackers",)
 def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of one section (of `tasks`, of one task) as JSON data, without those that say nothing new."""
     later = LATER[section]
-    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    found = {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    if section == "operator":
+        numbers = [number for where, number in MEANINGS if where.items() <= dict(settings).items()]
+        found |= {"meaning": max(numbers)} if numbers else {}
+    return found
 
 
 def keyed_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from manyshot.models import ModelState
 from manyshot.normalize import normalized
 from manyshot.rundir import link_atomically, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
+from manyshot.steps_extend import measure_added
 from manyshot.steps_guard import guard
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
 from manyshot.steps_train import train_experts, uneven_steps, update_locally
@@ -28,10 +29,31 @@ from manyshot.steps_train import train_experts, uneven_steps, update_locally
 
 def run_rounds(run: Run) -> Json:
     """Run the whole recipe; returns what scores.json holds."""
-    summary: Json = {"tasks": list(run.names), "operator": run.recipe.method.name, "rounds": {}}
+    summary, _ = run_to_the_end(run)
+    add_normalized(run, summary)
+    write_json(run.folder.scores, summary)
+    seal_step(run, run.folder.path, "scores", run.folder.scores, run.folder.splits)
+    return summary
 
-    # ---- the pretrained model; each task's own expert, to compare with; those experts merged once
+
+def run_to_the_end(run: Run) -> tuple[Json, ModelState]:
+    """Everything that a run measures, and the model that it ends with; of an extended run its earlier part first."""
+    if run.earlier is None:
+        first, start, summary = 1, run.pretrained, before_rounds(run)
+    else:
+        first = run.earlier.recipe.protocol.rounds + 1
+        summary, start = run_to_the_end(run.earlier)
+        measure_added(run, run.earlier, summary)
+
+    for round_index in range(first, run.recipe.protocol.rounds + 1):
+        start = run_round(run, round_index, start, summary)
+    return summary, start
+
+
+def before_rounds(run: Run) -> Json:
+    """The pretrained model; each task's own expert, to compare with; those experts merged once."""
     start = run.pretrained
+    summary: Json = {"tasks": list(run.names), "operator": run.recipe.method.name, "rounds": {}}
     summary["pretrained"] = measure(run, start, run.folder.round(0), round_index=0)
     seal_step(run, run.folder.path, "pretrained model", run.folder.round(0) / MANIFEST)
     if run.recipe.evaluation.experts:
@@ -40,13 +62,6 @@ def run_rounds(run: Run) -> Json:
     if run.recipe.evaluation.post_hoc:
         summary["post_hoc"] = merge_post_hoc(run, summary["pretrained"]["losses"])
         seal_step(run, run.folder.path, "post-hoc merge", run.folder.post_hoc / MANIFEST)
-
-    for round_index in range(1, run.recipe.protocol.rounds + 1):
-        start = run_round(run, round_index, start, summary)
-
-    add_normalized(run, summary)
-    write_json(run.folder.scores, summary)
-    seal_step(run, run.folder.path, "scores", run.folder.scores, run.folder.splits)
     return summary
 
 
@@ -68,8 +83,8 @@ def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> M
     done = {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
     write_json(folder / "DONE.json", done | uneven_steps(run, experts))
     seal_round(run, folder, round_index)
-    if not run.trial:
-        link_atomically(run.folder.merged, folder / "merged")
+    if not run.trial and not (run.folder.round(round_index + 1) / "DONE.json").exists():
+        link_atomically(run.folder.merged, folder / "merged")  # a resume passes rounds that are long over
     run.progress.finished_round(round_index)
     return start
 

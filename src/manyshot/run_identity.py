@@ -53,7 +53,7 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
         raise RunFolderError(
             f"{folder.path}: the recipe differs from the run's: {'; '.join(changed)}; {extend}use --force to start over"
         )
-    before = read_json(folder.environment)
+    before = _with_added_tasks(folder, read_json(folder.environment), inputs)
     now = environment(recipe, inputs, identity_of(inputs), command)
     if keys := [line.split(":")[0] for line in differences(before.get("identity"), now["identity"])]:
         details = "; ".join(changed_inputs(before.get("inputs", {}), now["inputs"]))
@@ -62,6 +62,24 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
             f"{f' ({details})' if details else ''}; put it back as it was, or use --force to start over"
         )
     return _note_machine(folder, before, now)
+
+
+def _with_added_tasks(folder: RunFolder, before: Json, inputs: Inputs) -> Json:
+    """environment.json with the tasks that an extended run has now; their recipe is the run's own already."""
+    known = before.get("identity", {}).get("tasks", {})
+    added = [task for task in inputs.tasks if task.name not in known]
+    if not added or not known:
+        return before
+    tasks = known | {task.name: task.digest() for task in added}
+    parts = before.get("inputs", {"model": {}, "tasks": {}})
+    fingerprints = parts["tasks"] | {task.name: task.fingerprint() for task in added}
+    after = before | {
+        "identity": before["identity"] | {"tasks": tasks},
+        "inputs": parts | {"tasks": fingerprints},
+    }
+    write_json(folder.splits, {task.name: dict(task.splits) for task in inputs.tasks})
+    write_json(folder.environment, after)
+    return after
 
 
 def recipe_of(folder: RunFolder) -> Any:

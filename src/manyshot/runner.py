@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from manyshot.run_lock import clear, one_writer
 from manyshot.rundir import RunFolder, is_passing, read_lines
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
+from manyshot.steps_extend import earlier_run
 from manyshot.trackers import check_trackers, open_tracking
 from manyshot.workload import workload
 
@@ -92,6 +93,7 @@ def run(
             tracking=tracking,
             begun=as_begun(recipe, folder),
         )
+        current = replace(current, earlier=earlier_run(current))
         try:
             scores = run_rounds(current)
             check_merged(current, scores)

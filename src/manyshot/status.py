@@ -13,6 +13,7 @@ import yaml
 from manyshot.errors import RunFolderError
 from manyshot.misshapen import misshapen
 from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines
+from manyshot.segments import first_rounds
 from manyshot.yaml_text import read_yaml
 
 # as recipe.TASK_NAME: names of tasks are names of folders, and no path
@@ -103,9 +104,10 @@ def planned_steps(folder: RunFolder, outline: Outline) -> list[Step]:
     if evaluation["post_hoc"]:
         steps.append(Step("merge post-hoc", "post_hoc", "merge", folder.post_hoc / "merge.json"))
         steps.append(Step("measure post-hoc", "post_hoc", "measure", folder.post_hoc / "scores.json"))
+    since = first_rounds(folder.path, tasks)
     for r in range(1, outline.rounds + 1):
-        model = f"round {r}"
-        steps += [Step(f"{model}: {task}", model, "train", _update_record(folder, r, task), task) for task in tasks]
+        model, there = f"round {r}", [task for task in tasks if r >= since.get(task, 1)]
+        steps += [Step(f"{model}: {task}", model, "train", _update_record(folder, r, task), task) for task in there]
         steps.append(Step(f"{model}: merge", model, "merge", folder.round(r) / "merge.json"))
         steps.append(Step(f"{model}: measure", model, "measure", folder.round(r) / "scores.json"))
     return steps

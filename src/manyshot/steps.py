@@ -39,6 +39,10 @@ class Run:
     tracking: Tracking | None = None
     # the recipe under whose names finished work is found, where it is not this one to the letter
     begun: Recipe | None = None
+    # of an extended run: the run that it goes on from, as it was when it ended
+    earlier: Run | None = None
+    # whether rounds follow that are not this recipe's
+    goes_on: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -208,7 +208,8 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
     step_size, momentum, optimizer = merge.outer_step_size, merge.outer_momentum, merge.outer_optimizer
     if isinstance(step_size, tuple):
         step_size = step_size[max(1, round_index) - 1]
-    remembers = bool(MEMORIES[optimizer])
+    remembers, followed = bool(MEMORIES[optimizer]), round_index > 0 and (round_index < rounds or run.goes_on)
+    anew = next((r for r in range(round_index - 1, 0, -1) if (run.folder.round(r) / ROLLBACK).exists()), 0)
     before = run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None
     state = run.folder.round(round_index - 1) / STATE_NAME if round_index > 1 else None
     return Outer(
@@ -220,7 +221,7 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
         epsilon=merge.outer_epsilon,
         round_index=max(1, round_index),
         state=StoredTaskVector(state) if state and remembers else None,
-        leaves=folder / STATE_NAME if remembers and 0 < round_index < rounds else None,
+        leaves=folder / STATE_NAME if remembers and followed else None,
     )
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from manyshot.allocation import Steps, allocate
 from manyshot.content import keyed
@@ -20,6 +21,7 @@ from manyshot.start_adapters import own_adapter
 from manyshot.steps import Expert, Json, Run
 from manyshot.tasks import Task
 from manyshot.tensors import file_digest
+from manyshot.training_spec import Protocol
 
 
 def update_locally(run: Run, start: ModelState, round_index: int) -> list[Expert]:
@@ -34,21 +36,45 @@ def update_locally(run: Run, start: ModelState, round_index: int) -> list[Expert
 
 def steps_of_round(run: Run, round_index: int) -> list[Steps]:
     """The steps of every task in a round, in recipe order; with `allocation: gap` the rounds before decide them."""
-    protocol = run.recipe.protocol
-    if protocol.allocation == "even" or round_index == 1:
-        own = [run.recipe.protocol_of(name) for name in run.names]
-        return [Steps(one.steps_in_round(round_index), one.steps_before_round(round_index)) for one in own]
+    first, own = _added_rounds(run)
+    place = round_index - first
+    if own.allocation == "even" or round_index == 1:
+        shared = {name: own.share(run.recipe.tasks[name].steps_share) for name in run.names}
+        return [
+            Steps(one.steps_in_round(place), one.steps_before_round(place) + _steps_earlier(run, name))
+            for name, one in shared.items()
+        ]
     weights = read_json(run.folder.round(round_index - 1) / "loss_gap.json")["weights"]
-    taken = allocate(protocol.steps_in_round(round_index), [weights[name] for name in run.names])
+    even = fmean(weights.values())  # for a task that was left out of the round
+    taken = allocate(own.steps_in_round(place), [weights.get(name, even) for name in run.names])
     shown = ", ".join(f"{name} {steps}" for name, steps in zip(run.names, taken, strict=True))
     run.progress.message(f"round {round_index}: steps by the weights of the round before: {shown}")
     return [Steps(steps, _steps_done(run, round_index, name)) for name, steps in zip(run.names, taken, strict=True)]
 
 
+def _added_rounds(run: Run) -> tuple[int, Protocol]:
+    """After which round this recipe's own rounds begin, and their protocol: all of them, but for an extended run."""
+    now = run.recipe.protocol
+    if run.earlier is None:
+        return 0, now
+    before = run.earlier.recipe.protocol
+    own = {"rounds": now.rounds - before.rounds, "local_steps": now.local_steps - before.local_steps}
+    return before.rounds, now.model_copy(update=own)
+
+
+def _steps_earlier(run: Run, task: str) -> int:
+    """The steps that a task took in the rounds that this recipe adds to."""
+    earlier = run.earlier
+    if earlier is None or task not in earlier.names:
+        return 0
+    own = _added_rounds(earlier)[1].share(earlier.recipe.tasks[task].steps_share)
+    return own.local_steps + _steps_earlier(earlier, task)
+
+
 def _steps_done(run: Run, round_index: int, task: str) -> int:
     """The steps that a task has really done in the rounds before."""
-    folders = [run.folder.local_update(earlier, task) for earlier in range(1, round_index)]
-    return sum(read_json(folder / RECORD)["steps"] for folder in folders)
+    records = [run.folder.local_update(earlier, task) / RECORD for earlier in range(1, round_index)]
+    return sum(read_json(record)["steps"] for record in records if record.exists())
 
 
 def uneven_steps(run: Run, experts: Sequence[Expert]) -> Json:
@@ -147,7 +173,8 @@ def _job(run: Run, task: Task, start: ModelState, round_index: int, steps: Steps
 
 def _kept_optimizer(run: Run, round_index: int, task: Task) -> Path | None:
     """What the task's optimizer ended the round before with, where it goes on from that."""
-    if run.recipe.local_update.optimizer_state == "restart" or round_index == 1:
+    # a run that was extended did not keep them in what was its last round
+    if run.recipe.local_update.optimizer_state == "restart" or round_index == _added_rounds(run)[0] + 1:
         return None
     return run.folder.local_update(round_index - 1, task.name) / OPTIMIZER_NAME
 
