@@ -25,6 +25,7 @@ from manyshot.starter import starter_recipe
 COMMANDS = (
     "run",
     "demo",
+    "extend",
     "compare",
     "tune",
     "eval",
@@ -88,9 +89,12 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_lists_its_options(command: str) -> None:
     expected = {
-        "run": {"--output", "--resume", "--force", "--quiet", "--json"},
-        "demo": {"--output", "--resume", "--force", "--quiet", "--json"},
-        "compare": {"--output", "--plan", "--workers", "--resume", "--extend", "--force", "--quiet", "--json"},
+        "run": {"--output", "--resume", "--force", "--repair", "--quiet", "--json"},
+        "demo": {"--output", "--resume", "--force", "--repair", "--quiet", "--json"},
+        "extend": {"--rounds", "--steps", "--quiet", "--json"},
+        "compare": {
+            *{"--output", "--plan", "--workers", "--resume", "--extend", "--force", "--repair", "--quiet", "--json"},
+        },
         "tune": {"--output", "--plan", "--resume", "--force", "--quiet", "--json"},
         "eval": {
             *{"--adapter", "--base", "--batch-size", "--chat-template", "--check", "--data", "--device", "--dtype"},
