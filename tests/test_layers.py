@@ -20,12 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "remote_code": {"errors"},
     "folder_links": {"errors"},
     "misshapen": {"errors"},
+    "secret_text": set(),
     "fault_points": set(),
     "rundir": {"errors", "fault_points"},
     "process_mark": set(),
     "run_lock": {"errors", "process_mark", "rundir"},
     "memory": set(),
-    "progress": {"memory", "rundir"},
+    "progress": {"memory", "rundir", "secret_text"},
     "executors": {"errors", "progress"},
     "kernels": {"kernels"},
     "operators": {"kernels", "operators"},
@@ -81,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "recipe_file": {
         *{
+            "secret_text",
             "yaml_text",
             "compare_recipe",
             "errors",
@@ -186,6 +188,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare_gain": {"gap_weights", "normalize"},
     "compare_folder": {
         *{
+            "secret_text",
             "yaml_text",
             "compare_methods",
             "compare_recipe",
@@ -204,7 +207,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare_jobs": {
         *{"benchmark_spec", "compare_benchmarks"},
         *{"base_model", "errors", "evaluate", "executors", "local_update", "manifest", "models", "optimizer_state"},
-        *{"outer", "progress", "recipe", "rounds", "rundir", "seeding", "steps", "tasks"},
+        *{"outer", "progress", "recipe", "rounds", "rundir", "secret_text", "seeding", "steps", "tasks"},
     },
     "compare_results": {
         "compare_benchmarks",
@@ -314,7 +317,9 @@ ALLOWED: dict[str, set[str]] = {
         *{"recipe_file", "run_identity", "run_lock", "rundir", "runner", "segments", "status"},
     },
     "older_recipe": {"content", "errors", "operators", "recipe_file", "yaml_text"},
-    "run_identity": {"errors", "inputs", "models", "older_recipe", "recipe", "recipe_file", "rundir", "yaml_text"},
+    "run_identity": {
+        *{"errors", "inputs", "models", "older_recipe", "recipe", "recipe_file", "rundir", "secret_text", "yaml_text"},
+    },
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},
         *{"recipe", "report_command", "rounds", "run_identity", "run_lock", "rundir", "seeding", "steps", "trackers"},

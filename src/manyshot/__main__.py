@@ -20,7 +20,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ManyshotError as error:
-        print(f"manyshot: error: {error}", file=sys.stderr)
+        from manyshot.secret_text import redacted  # logs of terminals are kept, and shown to others
+
+        print(f"manyshot: error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # whoever read our output has gone: nothing left to say, and nowhere to say it

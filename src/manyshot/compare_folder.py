@@ -28,6 +28,7 @@ from manyshot.older_recipe import with_later_keys
 from manyshot.recipe_file import compare_recipe_from_mapping, to_yaml
 from manyshot.run_identity import PACKAGES, differences, package_version
 from manyshot.rundir import is_passing, read_json, write_json, write_text
+from manyshot.secret_text import redacted
 from manyshot.yaml_text import read_yaml
 
 PLACEMENT_KEYS = ("device", "dtype", "attn_implementation")
@@ -134,7 +135,7 @@ def describe(
 def environment(placement: str, inputs: dict[tuple[str, int], Inputs], command: str | None) -> dict[str, Any]:
     """Versions, machine, placement and identity of the inputs."""
     return {
-        "command": command or shlex.join(sys.argv),
+        "command": redacted(command or shlex.join(sys.argv)),
         "placement": placement,
         "inputs": {
             f"{model}, seed {seed}": {"base": found.base.digest} | {task.name: task.digest() for task in found.tasks}

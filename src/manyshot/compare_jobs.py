@@ -27,6 +27,7 @@ from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.rounds import run_rounds
 from manyshot.rundir import RunFolder, content_key, read_json, remove, write_json
+from manyshot.secret_text import redacted
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
 from manyshot.tasks import Task
@@ -81,7 +82,7 @@ def limit_threads(threads: int) -> None:
 def failed(error: Exception) -> Json:
     """What a job returns in place of its result; errors that are not ours are named by their type."""
     text = str(error) if isinstance(error, ManyshotError) else f"{type(error).__name__}: {error}"
-    return {"status": "failed", "error": text}
+    return {"status": "failed", "error": redacted(text)}
 
 
 def run_reference(job: ReferenceJob, progress: Progress) -> Json:

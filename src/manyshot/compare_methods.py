@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from manyshot.errors import suggestion
 from manyshot.operators import Operator
-from manyshot.recipe import TASK_NAME, LocalUpdate, Merge, OperatorChoice, Protocol, Section
+from manyshot.recipe import TASK_NAME, LocalUpdate, Merge, OperatorChoice, Protocol, Section, operator_adapter
 
 Shot = Literal["post_hoc", "many_shot"]
 Name = Annotated[str, Field(pattern=TASK_NAME, max_length=64)]
@@ -94,9 +94,8 @@ def choose(candidate: Candidate, settings: Settings) -> Candidate:
 
 def changed(operator: Operator, settings: Settings) -> Operator:
     """The operator with some settings replaced, checked as in a recipe. Raises PydanticCustomError naming one."""
-    adapter: TypeAdapter[Operator] = TypeAdapter(OperatorChoice)
     try:
-        return adapter.validate_python(dataclasses.asdict(operator) | settings)
+        return operator_adapter().validate_python(dataclasses.asdict(operator) | settings)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         known = [field.name for field in dataclasses.fields(operator)]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from manyshot.memory import PeakMemory
 from manyshot.rundir import append_line
+from manyshot.secret_text import redacted
 
 # phases whose time is training or evaluation; all others are the run's own overhead
 WORK_PHASES = ("local_update", "validation", "score")
@@ -97,7 +98,7 @@ class Progress:
 
     def message(self, text: str, **values: Any) -> None:
         """Something a person should read now."""
-        self.listener(Event("message", "message", text=text, values=values))
+        self.listener(Event("message", "message", text=redacted(text), values=values))
 
     def finished_round(self, round_index: int) -> None:
         """All files of a round are there."""
@@ -106,7 +107,8 @@ class Progress:
     def record(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.metrics is not None:
-            append_line(self.metrics, {"kind": kind, "time": round(time.time(), 3)} | values)
+            shown = {name: redacted(value) if isinstance(value, str) else value for name, value in values.items()}
+            append_line(self.metrics, {"kind": kind, "time": round(time.time(), 3)} | shown)
 
 
 def wall_seconds(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -154,7 +154,7 @@ WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks", "weight_memory")
 
 
 @cache
-def _operator_adapter() -> TypeAdapter[Operator]:
+def operator_adapter() -> TypeAdapter[Operator]:
     """Made once: making it takes longer than reading a recipe."""
     return TypeAdapter(OperatorChoice)
 
@@ -163,7 +163,7 @@ def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> Opera
     """The operators that `overrides` make of the recipe's one: its settings with others in their place, or another
     operator where `name` says so. Raises PydanticCustomError that names pattern and setting.
     """
-    adapter, made = _operator_adapter(), []
+    adapter, made = operator_adapter(), []
     for pattern, settings in overrides.items():
         name = settings.get("name", operator.name)
         same = {} if name != operator.name else dataclasses.asdict(operator)

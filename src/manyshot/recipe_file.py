@@ -17,6 +17,7 @@ from manyshot.mergekit_yaml import from_mergekit, is_mergekit
 from manyshot.operators import Operator
 from manyshot.recipe import Recipe
 from manyshot.recipe_problems import NAMED, Key, Source, cross_problems_of_broken, dotted, explain, one_per_key
+from manyshot.secret_text import find_secrets, redacted
 from manyshot.tune_recipe import TuneRecipe
 from manyshot.yaml_text import read_yaml
 
@@ -106,6 +107,9 @@ def _build(
         raw.setdefault("operator", default.name)  # they are settings of the operator that is there unasked
     for override in overrides:
         _apply_override(raw, override, source)
+    for key in find_secrets(raw):
+        what = "holds a token or a password, which would stand in every folder and report; leave it to the environment"
+        problems.append(f"{source.place(key)}: {dotted(key)}: {what} (HF_TOKEN, WANDB_API_KEY, …)")
     problems += _resolve_paths(raw, source, folder)
     recipe: AnyRecipe | None = None
     try:
@@ -116,7 +120,7 @@ def _build(
         if kind is Recipe:
             problems += cross_problems_of_broken(raw, source, error)
     if problems or recipe is None:
-        raise RecipeError("\n".join(dict.fromkeys(problems)))
+        raise RecipeError(redacted("\n".join(dict.fromkeys(problems))))
     return recipe
 
 

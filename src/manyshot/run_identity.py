@@ -22,6 +22,7 @@ from manyshot.older_recipe import run_as_now
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import to_yaml
 from manyshot.rundir import RunFolder, read_json, write_json, write_text
+from manyshot.secret_text import redacted
 from manyshot.yaml_text import read_yaml
 
 Json = dict[str, Any]
@@ -135,7 +136,7 @@ def identity_of(inputs: Inputs) -> Json:
 def environment(recipe: Recipe, inputs: Inputs, identity: Json, command: str | None) -> Json:
     """Versions, machine, placement and identity of the inputs, these also in parts: what says which of them changed."""
     return {
-        "command": command or shlex.join(sys.argv),
+        "command": redacted(command or shlex.join(sys.argv)),
         "identity": identity,
         "inputs": {
             "model": dict(inputs.base.files),
