@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from manyshot.report_build import Report, build_report
+from manyshot.report_data import Details, Example
+from manyshot.report_examples import MOST_BYTES, fitted
+from manyshot.report_figures import cosines
 from manyshot.report_html import render
 from manyshot.report_markdown import render_markdown
 from manyshot.report_page import Section
@@ -169,6 +173,41 @@ def test_a_file_that_is_gone_a_moment_later_does_not_end_a_report(tmp_path: Path
         lambda path: ((place, folders, [*files, "gone.partial"]) for place, folders, files in walk(path)),
     )
     assert build_report([folder]).page.costs.sheets
+
+
+# ---- what fits into a page -------------------------------------------------------------------------------------------
+
+
+def shown_examples(num_tasks: int, text: str, num_examples: int = 4) -> list[Details]:
+    """Details of one run with so many examples of one text each."""
+    examples = [Example(i, [("user", text)], "", []) for i in range(num_examples)]
+    found = {f"task-{i}": examples for i in range(num_tasks)}
+    return [Details("run", None, 1, "mean", "base", [0], "", "", {}, {}, examples=found)]
+
+
+def test_texts_are_cut_by_the_room_that_they_take_in_html() -> None:
+    (one,) = fitted(shown_examples(2, '"' * 200_000))  # five bytes each, as &#34; is written
+    texts = [example.prompt[0][1] for found in one.examples.values() for example in found]
+    assert sum(len(escape(text).encode()) for text in texts) < MOST_BYTES * 1.01
+    assert texts[0].endswith(" … (200000 characters)")
+    kept = shown_examples(2, "short")
+    assert fitted(kept) == kept
+
+
+def test_many_tasks_show_fewer_examples_each_and_at_least_one() -> None:
+    (one,) = fitted(shown_examples(300, "short"))
+    assert {len(found) for found in one.examples.values()} == {2}
+    (one,) = fitted(shown_examples(1000, "short"))
+    assert {len(found) for found in one.examples.values()} == {1}
+
+
+def test_cosines_share_the_room_of_a_page(tmp_path: Path) -> None:
+    subject = build_report([FakeRun(tmp_path / "run", task_names(5), rounds=3).write()]).blocks[0].subjects[0]
+    every, last = cosines(subject, task_names(5)), cosines(subject, task_names(5), 60)
+    assert every is not None and last is not None
+    assert [chart.title for chart in last.charts] == ["round 2", "round 3"]
+    assert "Only the last 2 of 3 rounds" in last.caption and len(every.charts) == 3
+    assert cosines(subject, task_names(5), 20) is None
 
 
 # ---- what is not ours to say -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from manyshot.misshapen import misshapen
 from manyshot.report_compare import read_comparison
 from manyshot.report_data import Block, Details, Model, Problem, Subject
 from manyshot.report_examples import fitted
-from manyshot.report_figures import cosines, drift, kept, losses, radar, scores, weights
+from manyshot.report_figures import MOST_CELLS, cosines, drift, kept, losses, radar, scores, weights
 from manyshot.report_page import Chart, Figure, Page, Section, Series, Sheet, listed, rounded, shown
 from manyshot.report_read import read_run
 from manyshot.report_resources import WRITTEN_BY
@@ -135,7 +135,12 @@ def sections(blocks: Sequence[Block]) -> list[Section]:
         ),
         Section(
             *("drift", "Drift and cosines"),
-            of_subjects(lambda block, subject: [drift(subject, block.tasks), cosines(subject, block.tasks)]),
+            of_subjects(
+                lambda block, subject: [
+                    drift(subject, block.tasks),
+                    cosines(subject, block.tasks, MOST_CELLS // len(detailed)),
+                ]
+            ),
             "no round has recorded them",
         ),
         Section(

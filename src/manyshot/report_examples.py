@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
 from manyshot.report_data import Answer, Details, Example, Role, mapping, number
 
-# characters of all prompts and answers of a page; where there are more, the longest texts are cut
-MOST_CHARACTERS, LEAST_CHARACTERS = 1_000_000, 200
+# bytes of all prompts and answers of a page, as they stand in HTML; where there are more, the longest texts are cut
+MOST_BYTES = 2_000_000
+# examples of a page; where there are more, as of many runs of many tasks, each task shows fewer of them
+MOST_EXAMPLES = 600
 
 # model -> its role, and task -> the folder of its outputs.json
 Answering = Mapping[str, tuple[Role, Mapping[str, Path]]]
@@ -89,19 +92,32 @@ def _messages(prompt: object) -> list[tuple[str, str]]:
 
 
 def fitted(details: Sequence[Details]) -> list[Details]:
-    """The same, with texts so short that all together fit into a page: none is longer than its equal share."""
-    texts = [
-        text for one in details for found in one.examples.values() for example in found for text in _texts(example)
-    ]
-    if sum(map(len, texts)) <= MOST_CHARACTERS:
-        return list(details)
-    longest = max(LEAST_CHARACTERS, MOST_CHARACTERS // len(texts))
+    """The same, with so few examples and so short texts that all fit into a page: no text is longer than its share."""
+    fewer = _fewer(details)
+    texts = [text for one in fewer for found in one.examples.values() for example in found for text in _texts(example)]
+    if sum(map(_num_bytes, texts)) <= MOST_BYTES:
+        return fewer
+    longest = MOST_BYTES // len(texts)
     return [
         replace(
             one, examples={task: [_cut(example, longest) for example in found] for task, found in one.examples.items()}
         )
-        for one in details
+        for one in fewer
     ]
+
+
+def _fewer(details: Sequence[Details]) -> list[Details]:
+    """The first examples of every task: all, or as many as leave room for those of the others, at least one."""
+    tasks = sum(len(one.examples) for one in details)
+    if sum(len(found) for one in details for found in one.examples.values()) <= MOST_EXAMPLES:
+        return list(details)
+    most = max(1, MOST_EXAMPLES // tasks)
+    return [replace(one, examples={task: found[:most] for task, found in one.examples.items()}) for one in details]
+
+
+def _num_bytes(text: str) -> int:
+    """Its size in the page."""
+    return len(escape(text).encode("utf-8", "replace"))
 
 
 def _texts(example: Example) -> list[str]:
@@ -110,7 +126,8 @@ def _texts(example: Example) -> list[str]:
 
 def _cut(example: Example, longest: int) -> Example:
     def cut(text: str) -> str:
-        return text if len(text) <= longest else f"{text[:longest]} … ({len(text)} characters)"
+        size = _num_bytes(text)
+        return text if size <= longest else f"{text[: longest * len(text) // size]} … ({len(text)} characters)"
 
     return replace(
         example,

@@ -306,10 +306,10 @@ def drift(subject: Subject, tasks: Sequence[str]) -> Figure | None:
     return by_round(subject, values, "Drift", caption, "lines")
 
 
-def cosines(subject: Subject, tasks: Sequence[str]) -> Figure | None:
-    """How much the tasks' vectors point the same way, a matrix for every round."""
+def cosines(subject: Subject, tasks: Sequence[str], most_cells: int = MOST_CELLS) -> Figure | None:
+    """How much the tasks' vectors point the same way, a matrix for every round that there is room for."""
     recorded = [one for one in subject.rounds if one.cosines]
-    found = recorded[-(MOST_CELLS // len(tasks) ** 2) :] if len(tasks) ** 2 <= MOST_CELLS else []
+    found = recorded[-(most_cells // len(tasks) ** 2) :] if len(tasks) ** 2 <= most_cells else []
     if not found or len(tasks) < 2:
         return None
     charts, rows = [], []
