@@ -196,7 +196,11 @@ def _verdict(run: Run, merged: Json, summary: Json) -> str:
 
 
 def _weight_table(run: Run, merged: Json) -> str:
-    rows = [[name, f"{merged['loss_gaps'][name]:.4f}", f"{merged['weights'][name]:.4f}"] for name in run.names]
+    gaps, weights = merged["loss_gaps"], merged["weights"]
+    rows = [
+        [name, f"{gaps[name]:.4f}", f"{weights[name]:.4f}"] if name in weights else [name, "–", "left out"]
+        for name in run.names
+    ]
     return table(["task", "loss gap (nats)", "weight"], rows)
 
 
@@ -217,9 +221,21 @@ def _limits(run: Run, origin: Origin, merged: Json, summary: Json) -> str:
         lines.append("The licence is the base model's; those of the data that the tasks were trained on hold besides.")
     else:
         lines.append("The base model's licence is not known here: say it above before you share this model.")
+    lines += [escape_markdown(line) for line in _lost(summary)]
     if not origin.hub_id:
         lines.append("The base model was a local folder: if it is on the Hub, name it under `base_model` above.")
     return _listed(lines)
+
+
+def _lost(summary: Json) -> list[str]:
+    """What went wrong on the way to this model: tasks left out of rounds, and merges that were taken back."""
+    lines = []
+    for index, entry in summary["rounds"].items():
+        if skipped := entry.get("skipped"):
+            lines.append(f"Round {index} went on without {', '.join(skipped)}, whose training failed in it.")
+        if "rolled_back" in entry:
+            lines.append(f"The merge of round {index} made the losses worse and was taken back.")
+    return lines
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 # name, whatever its default is: a setting is added here when it is added to its section (tests/test_content.py).
 LATER: dict[str, dict[str, Any]] = {
     "tasks": {"steps_share": 1.0, "loss_scale": 1.0},
-    "protocol": {"allocation": "even"},
+    "protocol": {"allocation": "even", "on_failure": "stop"},
     "operator": {"weight_memory": 0.0, "vote": "weighted", "rescale": "none"},
     "merge": {
         "outer_optimizer": "sgd",
@@ -17,6 +17,8 @@ LATER: dict[str, dict[str, Any]] = {
         "outer_beta2": 0.99,
         "outer_epsilon": 1e-5,
         "search_objective": "average",
+        "on_regression": "warn",
+        "regression_tolerance": 0.02,
     },
     "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0},
     "evaluation": {},

@@ -10,6 +10,9 @@ from safetensors import SafetensorError
 
 from manyshot.errors import RunFolderError
 
+# what reading and writing raise; safetensors has an error of its own
+DISK_ERRORS = (OSError, SafetensorError)
+
 
 @contextmanager
 def disk_errors(output: Path, *, resumable: bool = True) -> Iterator[None]:
@@ -18,7 +21,7 @@ def disk_errors(output: Path, *, resumable: bool = True) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # whoever listens went away; that is no matter of the disk
-    except (OSError, SafetensorError) as error:
+    except DISK_ERRORS as error:
         file = getattr(error, "filename", None) or output
         reason = getattr(error, "strerror", None) or error
         if not resumable:

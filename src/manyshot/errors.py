@@ -32,6 +32,10 @@ class RunFolderError(ManyshotError):
     """The run folder is not in the state that the command needs."""
 
 
+class TrainingError(ManyshotError):
+    """A task could not be trained."""
+
+
 class WorkerError(ManyshotError):
     """A process that ran a job ended before the job did."""
 

@@ -161,6 +161,17 @@ def weights_without_gaps(operator: Operator, num_tasks: int) -> list[float]:
     return [1.0] * num_tasks if operator.weighting == "multiplier" else uniform_weights(num_tasks)
 
 
+def for_all_tasks(operator: Operator, weights: Sequence[float], num_tasks: int) -> list[float]:
+    """The weights of a merge that lacks some of the `num_tasks` tasks: those of a sum are T in total all the same.
+
+    Θʳ⁻¹ − Θ⁰, which is in all task vectors, is then multiplied by β·T in this round as in the others, not by less. The
+    weights of a mean sum to 1 already, and TIES divides by the sum of those that agree.
+    """
+    if not operator.sums or len(weights) == num_tasks:
+        return list(weights)
+    return [weight * num_tasks / len(weights) for weight in weights]
+
+
 def choose_weights(
     operator: Operator, losses: TaskLosses, before: Sequence[float] | None = None
 ) -> tuple[list[float], dict[str, Any]]:

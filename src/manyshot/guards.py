@@ -34,6 +34,8 @@ Kind = Literal[
     "divergence",
     "loss_rises",
     "task_worsens",
+    "task_skipped",
+    "rolled_back",
 ]
 History = Sequence[RoundRecord]
 
@@ -86,7 +88,9 @@ def describe(finding: Mapping[str, Any]) -> str:
 def examine(history: History, recipe: Recipe) -> list[Finding]:
     """What all guards find in the last round of `history`, those that need no merge first."""
     found = [finding for guard in WEIGHT_GUARDS for finding in guard(history, recipe)]
-    if history[-1].merged_losses:
+    if history[-1].rejected_losses:
+        found += guard_rollback(history, recipe)
+    elif history[-1].merged_losses:
         found += [finding for guard in MERGE_GUARDS for finding in guard(history, recipe)]
     return found
 
@@ -130,7 +134,7 @@ def guard_experts(history: History, recipe: Recipe) -> Iterable[Finding]:
 
 def guard_gains(history: History, recipe: Recipe) -> Iterable[Finding]:
     """Experts that gained nothing on the pretrained model, from there or from where rounds had taken their tasks."""
-    now, pretrained = history[-1], history[0].start_losses
+    now, pretrained = history[-1], _pretrained(history)
     nothing = [
         task
         for task, loss in now.expert_losses.items()
@@ -159,6 +163,25 @@ def guard_gains(history: History, recipe: Recipe) -> Iterable[Finding]:
             "the rounds before took more from their tasks than they could bring back, and a gap as a share of that "
             "gain says nothing",
             shorter_step(recipe, len(now.weights), now.round_index),
+        )
+
+
+def _pretrained(history: History) -> dict[str, float]:
+    """The pretrained model's losses; for a task that was added to the run, what its first round began with."""
+    return {task: loss for record in reversed(history) for task, loss in record.start_losses.items()}
+
+
+def guard_skipped(history: History, recipe: Recipe) -> Iterable[Finding]:
+    """Tasks whose local update failed, so that the round goes on without them (`on_failure`)."""
+    now = history[-1]
+    if now.skipped:
+        yield Finding(
+            "task_skipped",
+            now.round_index,
+            tuple(now.skipped),
+            f"left out of the round: {'; '.join(now.skipped.values())}",
+            "the other tasks are merged without it, and the merged model is measured on it all the same",
+            (),
         )
 
 
@@ -201,7 +224,7 @@ def guard_losses(history: History, recipe: Recipe) -> Iterable[Finding]:
     """The run diverges, or at least this round took the merged model back."""
     now = history[-1]
     start, end = fmean(now.start_losses.values()), fmean(now.merged_losses.values())
-    pretrained = fmean(history[0].start_losses.values())
+    pretrained = fmean(loss for task, loss in _pretrained(history).items() if task in now.start_losses)
     signs, means = [], []
     if end - pretrained > tolerance(pretrained):
         signs.append(f"multi-task loss {end:.3f} is above the pretrained model's {pretrained:.3f}")
@@ -235,7 +258,7 @@ def guard_tasks(history: History, recipe: Recipe) -> Iterable[Finding]:
     worse = tuple(
         task
         for task in now.merged_losses
-        if all(one.changes[task] > tolerance(one.start_losses[task]) for one in history[-2:])
+        if all(task in one.changes and one.changes[task] > tolerance(one.start_losses[task]) for one in history[-2:])
     )
     if worse:
         paths = [
@@ -250,6 +273,20 @@ def guard_tasks(history: History, recipe: Recipe) -> Iterable[Finding]:
             "the other tasks' updates crowd them out",
             clearer_weights(recipe, len(now.weights)) or shorter_step(recipe, len(now.weights), now.round_index),
         )
+
+
+def guard_rollback(history: History, recipe: Recipe) -> Iterable[Finding]:
+    """A merge that was taken back (`on_regression: rollback`)."""
+    now = history[-1]
+    start, rejected = fmean(now.start_losses.values()), fmean(now.rejected_losses.values())
+    yield Finding(
+        "rolled_back",
+        now.round_index,
+        tuple(task for task, loss in now.rejected_losses.items() if loss > now.start_losses[task]),
+        f"the merged model's multi-task loss was {_moved(start, rejected)}",
+        "the merge was taken back, and the round ends with the model that it began with",
+        shorter_step(recipe, len(now.weights), now.round_index),
+    )
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
@@ -286,6 +323,6 @@ def _all_moved(tasks: Iterable[str], before: Mapping[str, float], after: Mapping
 
 Guard = Callable[[History, Recipe], Iterable[Finding]]
 # those that ask for experts and weights alone, and can speak before the merge; and those that ask for the merged model
-WEIGHT_GUARDS: tuple[Guard, ...] = (guard_weights, guard_experts, guard_gains)
+WEIGHT_GUARDS: tuple[Guard, ...] = (guard_skipped, guard_weights, guard_experts, guard_gains)
 MERGE_GUARDS: tuple[Guard, ...] = (guard_mask, guard_update, guard_losses, guard_tasks)
-BEFORE_MERGE: tuple[Kind, ...] = ("weights_collapse", "expert_worse", "expert_learned_nothing")
+BEFORE_MERGE: tuple[Kind, ...] = ("task_skipped", "weights_collapse", "expert_worse", "expert_learned_nothing")

@@ -53,6 +53,12 @@ class Merge(Section):
     search_objective: Literal["average", "worst"] = Field(
         "average", description="with scaling: auto, what is minimised: the mean over tasks, or (softly) the worst task"
     )
+    on_regression: Literal["warn", "stop", "rollback"] = Field(
+        "warn", description="when a round's multi-task loss rises: say so, end the run, or keep the model it began with"
+    )
+    regression_tolerance: float = Field(
+        0.02, ge=0, description="with stop or rollback, the share by which that loss may rise"
+    )
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the merged model's float tensors; as in the base when not given"
     )
@@ -222,6 +228,10 @@ def cross_problems(recipe: Recipe) -> Problems:
     for name in recipe.tasks:
         if name.lower() in RESERVED_TASK_NAMES or name.endswith(RESERVED_TASK_ENDINGS):
             found.append((f"tasks.{name}", "this name is taken by a file or folder of the run"))
+    working = [("line_search", recipe.method.searches_scaling), ("proposed", recipe.merge.on_regression == "rollback")]
+    for name, used in working:
+        if used and name in recipe.tasks:
+            found.append((f"tasks.{name}", "this name is taken by a folder that rounds of this recipe work in"))
     found += _training_problems(recipe)
     if recipe.evaluation.post_hoc and not recipe.evaluation.experts:
         found.append(("evaluation.post_hoc", "needs evaluation.experts: true, since it merges those experts"))
@@ -304,6 +314,10 @@ def _merge_problems(recipe: Recipe) -> Problems:
     if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
         found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
     found += _outer_problems(merge)
+    tolerance = merge.regression_tolerance
+    if merge.on_regression == "warn" and tolerance != Merge.model_fields["regression_tolerance"].default:
+        text = "is for on_regression: stop or rollback; the warning has thresholds of its own (docs/guards.md)"
+        found.append(("merge.regression_tolerance", text))
     steps, rounds = merge.outer_step_size, recipe.protocol.rounds
     if isinstance(steps, tuple) and len(steps) != rounds:
         found.append(

@@ -36,6 +36,9 @@ class RoundRecord:
     merged_norm: float | None = None
     drift: Losses = field(default_factory=dict)
     products: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    # why tasks were left out of the round, by task; the losses of a merge that was taken back
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    rejected_losses: Losses = field(default_factory=dict)
 
     @classmethod
     def from_json(
@@ -62,6 +65,8 @@ class RoundRecord:
             # those of fully trained experts are not known where the merge was relative to the pretrained model
             drift={} if None in in_weights.get("drift", {}).values() else in_weights.get("drift", {}),
             products=_products(in_weights),
+            skipped=loss_gap.get("skipped", {}),
+            rejected_losses=merge.get("rolled_back", {}).get("losses", {}),
         )
 
     @property

@@ -19,12 +19,13 @@ from manyshot.card import write_card
 from manyshot.manifest import MANIFEST
 from manyshot.models import ModelState
 from manyshot.normalize import normalized
-from manyshot.rundir import link_atomically, write_json
+from manyshot.rundir import ROLLBACK, link_atomically, read_json, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_extend import measure_added
 from manyshot.steps_guard import guard
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
-from manyshot.steps_train import train_experts, uneven_steps, update_locally
+from manyshot.steps_regression import propose, refuse_regression
+from manyshot.steps_train import failures, train_experts, uneven_steps, update_locally
 
 
 def run_rounds(run: Run) -> Json:
@@ -81,6 +82,10 @@ def run_round(run: Run, round_index: int, start: ModelState, summary: Json) -> M
     if not run.trial:
         write_card(run, folder, round_index, summary)
     done = {"round": round_index, "start_from": merged.start_from, "files": merged.digests}
+    if (folder / ROLLBACK).exists():
+        done["rolled_back"] = True
+    if skipped := failures(run, round_index, experts):
+        done["skipped"] = skipped
     write_json(folder / "DONE.json", done | uneven_steps(run, experts))
     seal_round(run, folder, round_index)
     if not run.trial and not (run.folder.round(round_index + 1) / "DONE.json").exists():
@@ -93,7 +98,7 @@ def seal_round(run: Run, folder: Path, round_index: int) -> None:
     """Name in manifests what a round left beside its steps' own files, and the manifests of its tasks."""
     records = [folder / name for name in ("loss_gap.json", "guards.json", "DONE.json")]
     tasks = [folder / name / MANIFEST for name in run.names]
-    seal_step(run, folder, "round", *records, folder / "merged" / "README.md", *tasks)
+    seal_step(run, folder, "records", *records, folder / "merged" / "README.md", *tasks)
     seal_step(run, run.folder.path, f"round {round_index}", folder / MANIFEST)
 
 
@@ -109,12 +114,15 @@ def merge_round(
     guard(run, folder, round_index, merged=False)
 
     # ---- merge: Θʳ = Θ⁰ + M(v; α), exact in float32, then written as a normal model folder
+    propose(run, folder, round_index, start, experts, gaps["weights"], before)
     merged = merge(run, folder, round_index, start, experts, gaps["weights"])
 
     # ---- measure, and say what has gone wrong
     measured = measure(run, merged.state, folder, round_index)
     found = guard(run, folder, round_index, merged=True)
-    return merged, measured | gaps | {"kept_share": merged.kept_share, "guards": found}
+    refuse_regression(run, folder, round_index, before, measured)
+    more: Json = {"rolled_back": read_json(folder / ROLLBACK)} if (folder / ROLLBACK).exists() else {}
+    return merged, measured | gaps | {"kept_share": merged.kept_share, "guards": found} | more
 
 
 def add_normalized(run: Run, summary: Json) -> None:

@@ -20,6 +20,10 @@ from manyshot.errors import RunFolderError
 from manyshot.fault_points import passing
 
 PARTIAL = ".partial"
+# what a local update that failed leaves
+FAILURE = "failure.json"
+# what a round whose merge was taken back says of it
+ROLLBACK = "rollback.json"
 # who writes into the folder (run_lock.py)
 LOCK = ".lock"
 

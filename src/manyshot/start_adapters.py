@@ -6,15 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.recipe import Recipe
-from manyshot.rundir import RunFolder
+from manyshot.rundir import ROLLBACK, RunFolder
 from manyshot.training_spec import LocalUpdate
 
 
+def last_update(folder: RunFolder, round_index: int, task: str) -> Path | None:
+    """The task's last local update before a round that still counts; None where there is none.
+
+    The one of the round before, unless the task was not in that round, or the round was rolled back.
+    """
+    for earlier in range(round_index - 1, 0, -1):
+        place = folder.local_update(earlier, task)
+        if (place / "local_update.json").exists() and not (folder.round(earlier) / ROLLBACK).exists():
+            return place
+    return None
+
+
 def own_adapter(recipe: Recipe, folder: RunFolder, round_index: int, task: str) -> Path | None:
-    """The adapter that the task ended the round before with, where it goes on from that (`adapter_start: own`)."""
-    if recipe.local_update.adapter_start != "own" or round_index == 1:
+    """The adapter that the task ended its last round with, where it goes on from that (`adapter_start: own`)."""
+    if recipe.local_update.adapter_start != "own":
         return None
-    return folder.local_update(round_index - 1, task) / "adapter"
+    place = last_update(folder, round_index, task)
+    return place / "adapter" if place is not None else None
 
 
 def adapter_seed(recipe: Recipe, round_index: int, task: str) -> tuple[str | int, ...]:

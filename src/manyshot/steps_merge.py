@@ -14,6 +14,7 @@ from manyshot.gap_weights import (
     TaskLosses,
     choose_weights,
     effective_tasks,
+    for_all_tasks,
     memory_of,
     normalized_weights,
     weights_without_gaps,
@@ -24,11 +25,11 @@ from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
 from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
-from manyshot.rundir import read_json, remove, write_json
+from manyshot.rundir import ROLLBACK, read_json, remove, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_guard import guard
 from manyshot.steps_search import WORK_FOLDER, search_scaling
-from manyshot.steps_train import all_steps_alone
+from manyshot.steps_train import all_steps_alone, failures
 from manyshot.task_vector import AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint, file_digest
 
@@ -38,46 +39,63 @@ from manyshot.tensors import Checkpoint, file_digest
 def weigh(
     run: Run, folder: Path, round_index: int, start_losses: Json, pretrained_losses: Json, experts: Sequence[Expert]
 ) -> Json:
-    """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json."""
+    """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json; of the tasks that have an expert."""
+    names = [expert.task for expert in experts]
+    failed = failures(run, round_index, experts)
+    skipped: Json = {"skipped": failed} if failed else {}
     if not all("validation" in expert.record for expert in experts):
-        return _weigh_without_gaps(run, folder, round_index, start_losses)
+        return _weigh_without_gaps(run, folder, round_index, start_losses, names, skipped)
     start, pretrained = (
         tuple(losses[expert.task]["loss"] for expert in experts) for losses in (start_losses, pretrained_losses)
     )
     losses = TaskLosses(start, tuple(expert.loss for expert in experts), pretrained)
     operator = run.recipe.method.at_round(max(1, round_index))
-    before = _weights_before(run, round_index) if memory_of(operator) else None
+    before = _weights_before(run, round_index, names) if memory_of(operator) else None
     weights, details = choose_weights(operator, losses, before)
+    weights = for_all_tasks(operator, weights, len(run.tasks))
     record = {
         "expert_losses": {expert.task: expert.record["validation"] for expert in experts},
-        "loss_gaps": dict(zip(run.names, losses.gaps, strict=True)),
-        "weights": dict(zip(run.names, weights, strict=True)),
+        "loss_gaps": dict(zip(names, losses.gaps, strict=True)),
+        "weights": dict(zip(names, weights, strict=True)),
         "effective_tasks": effective_tasks(weights),
         **details,
+        **skipped,
     }
     write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
     return record
 
 
-def _weights_before(run: Run, round_index: int) -> list[float] | None:
-    """The weights of the round before, in recipe order; None in the first round and in a post-hoc merge."""
+def _weights_before(run: Run, round_index: int, names: Sequence[str]) -> list[float] | None:
+    """The weights of the round before; None in the first round and in a post-hoc merge.
+
+    A task that was left out of it has those of the last round that it was in, 1/T where it was in none.
+    """
     if round_index < 2:
         return None
-    path = run.folder.round(round_index - 1) / "loss_gap.json"
-    weights: dict[str, float] = read_json(path).get("weights", {})
-    if set(weights) != set(run.names):
-        raise RunFolderError(
-            f"{path}: holds weights of {', '.join(sorted(weights)) or 'no task'}, and operator.weight_memory needs "
-            f"those of {', '.join(run.names)}; remove the round's folder to redo it"
-        )
-    return [weights[name] for name in run.names]
+    found: dict[str, float] = {}
+    for earlier in range(round_index - 1, 0, -1):
+        path = run.folder.round(earlier) / "loss_gap.json"
+        record = read_json(path)
+        weights: dict[str, float] = record.get("weights", {})
+        if {*weights, *record.get("skipped", {})} != set(run.names):
+            raise RunFolderError(
+                f"{path}: holds weights of {', '.join(sorted(weights)) or 'no task'}, and operator.weight_memory needs "
+                f"those of {', '.join(run.names)}; remove the round's folder to redo it"
+            )
+        found = weights | found
+        if all(name in found for name in names):
+            break
+    return [found.get(name, 1 / len(run.names)) for name in names]
 
 
-def _weigh_without_gaps(run: Run, folder: Path, round_index: int, start_losses: Json) -> Json:
+def _weigh_without_gaps(
+    run: Run, folder: Path, round_index: int, start_losses: Json, names: Sequence[str], skipped: Json
+) -> Json:
     """The weights of a trial's operator that needs no gaps, so that its experts were not measured."""
-    weights = weights_without_gaps(run.recipe.method.at_round(max(1, round_index)), len(run.names))
-    by_task = dict(zip(run.names, weights, strict=True))
-    record = {"loss_gaps": {}, "weights": by_task, "effective_tasks": effective_tasks(weights)}
+    operator = run.recipe.method.at_round(max(1, round_index))
+    weights = for_all_tasks(operator, weights_without_gaps(operator, len(names)), len(run.tasks))
+    by_task = dict(zip(names, weights, strict=True))
+    record = {"loss_gaps": {}, "weights": by_task, "effective_tasks": effective_tasks(weights)} | skipped
     write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
     return record
 
@@ -113,6 +131,21 @@ def merge(
 def merge_task_vectors(
     run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], weights: dict[str, float]
 ) -> Json:
+    """Write task_vector.safetensors, then merge.json, and tell of it; returns what merge.json says."""
+    record = write_merge(run, folder, round_index, start, experts, weights)
+    known = {"task_vector.safetensors": record["digest"]}
+    if "outer_state_digest" in record:
+        known[STATE_NAME] = record["outer_state_digest"]
+    carried = [folder / "carried_adapter"] if run.recipe.merge.space == "factors" else []
+    places = [folder / "merge.json", folder / ROLLBACK, *(folder / name for name in known), *carried]
+    seal_step(run, folder, "merge", *places, known=known)
+    _report_merge(run, round_index, record)
+    return record
+
+
+def write_merge(
+    run: Run, folder: Path, round_index: int, start: ModelState, experts: Sequence[Expert], weights: dict[str, float]
+) -> Json:
     """Write task_vector.safetensors, then merge.json; returns what merge.json says."""
     record_path = folder / "merge.json"
     plan = run.recipe.plan.at_round(max(1, round_index))
@@ -126,14 +159,7 @@ def merge_task_vectors(
             found = _merge(run, folder, round_index, start, experts, weights, plan)
         write_json(record_path, found | searched)
     remove(folder / WORK_FOLDER)
-    record = read_json(record_path)
-    known = {"task_vector.safetensors": record["digest"]}
-    if "outer_state_digest" in record:
-        known[STATE_NAME] = record["outer_state_digest"]
-    carried = [folder / "carried_adapter"] if run.recipe.merge.space == "factors" else []
-    seal_step(run, folder, "merge", record_path, *(folder / name for name in known), *carried, known=known)
-    _report_merge(run, round_index, record)
-    return record
+    return read_json(record_path)
 
 
 def _merge(
@@ -151,7 +177,7 @@ def _merge(
     outer = _outer(run, folder, round_index)
     if run.recipe.merge.space == "factors":
         adapters = [_adapter(expert) for expert in experts]
-        report = merge_factors(run.names, adapters, plan, in_order, folder / "carried_adapter", seed_parts=seed_parts)
+        report = merge_factors(sources[2], adapters, plan, in_order, folder / "carried_adapter", seed_parts=seed_parts)
         expand_adapter(sources[0], folder / "carried_adapter", output)
     else:
         reference = run.recipe.merge.reference
@@ -194,7 +220,8 @@ def _sources(
     """What a merge reads: Θ⁰, Θʳ⁻¹ − Θ⁰, the tasks, and what each expert adds to Θʳ⁻¹."""
     pretrained = Checkpoint(run.base.path)
     stored = StoredTaskVector(start.task_vector) if start.task_vector else None
-    return pretrained, stored, run.names, [_update(expert, pretrained) for expert in experts]
+    tasks = tuple(expert.task for expert in experts)
+    return pretrained, stored, tasks, [_update(expert, pretrained) for expert in experts]
 
 
 def _seed_parts(run: Run, round_index: int) -> tuple[int, str, int]:
@@ -203,7 +230,11 @@ def _seed_parts(run: Run, round_index: int) -> tuple[int, str, int]:
 
 
 def _outer(run: Run, folder: Path, round_index: int) -> Outer:
-    """The outer optimizer of a round. It leaves its state in `folder` where there is a next round."""
+    """The outer optimizer of a round. It leaves its state in `folder` where there is a next round.
+
+    A round that was rolled back starts it anew: its memory had a part in the step that was taken back (O'Donoghue and
+    Candès 2015, arXiv 1204.3982, restart momentum for the same reason).
+    """
     merge, rounds = run.recipe.merge, run.recipe.protocol.rounds
     step_size, momentum, optimizer = merge.outer_step_size, merge.outer_momentum, merge.outer_optimizer
     if isinstance(step_size, tuple):
@@ -211,7 +242,7 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
     remembers, followed = bool(MEMORIES[optimizer]), round_index > 0 and (round_index < rounds or run.goes_on)
     anew = next((r for r in range(round_index - 1, 0, -1) if (run.folder.round(r) / ROLLBACK).exists()), 0)
     before = run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None
-    state = run.folder.round(round_index - 1) / STATE_NAME if round_index > 1 else None
+    state = run.folder.round(round_index - 1) / STATE_NAME if round_index > anew + 1 else None
     return Outer(
         step_size,
         momentum,
@@ -219,7 +250,7 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
         optimizer,
         betas=(merge.outer_beta1, merge.outer_beta2),
         epsilon=merge.outer_epsilon,
-        round_index=max(1, round_index),
+        round_index=max(1, round_index - anew),
         state=StoredTaskVector(state) if state and remembers else None,
         leaves=folder / STATE_NAME if remembers and followed else None,
     )
@@ -278,6 +309,8 @@ def carry_adapter(
 ) -> ModelState:
     """The model the next round starts from: merged weights, and what its adapters start from (`adapter_start`)."""
     how, carried = run.recipe.local_update.adapter_start, folder / "carried_adapter"
+    if (folder / ROLLBACK).exists():  # as the round itself began
+        return replace(merged, start_adapter=carried if carried.is_dir() else None)
     if run.recipe.merge.space == "factors":
         return replace(merged, start_adapter=carried)
     if how in ("fresh", "own"):  # a task's own adapter is where its local update left it

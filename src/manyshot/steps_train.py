@@ -10,14 +10,17 @@ from statistics import fmean
 
 from manyshot.allocation import Steps, allocate
 from manyshot.content import keyed
+from manyshot.errors import TrainingError
 from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.gap_weights import needs_gaps
-from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update, run_local_update
+from manyshot.local_failure import Attempt, failure_of, try_local_update
+from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update
 from manyshot.models import ModelState
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Recipe
 from manyshot.rundir import atomic_folder, content_key, read_json
-from manyshot.start_adapters import own_adapter
+from manyshot.start_adapters import last_update, own_adapter
+from manyshot.status import resume_command
 from manyshot.steps import Expert, Json, Run
 from manyshot.tasks import Task
 from manyshot.tensors import file_digest
@@ -31,7 +34,33 @@ def update_locally(run: Run, start: ModelState, round_index: int) -> list[Expert
         own = own_adapter(run.recipe, run.folder, round_index, name)
         starts.append(replace(start, start_adapter=own) if own is not None else start)
     folders = [run.folder.local_update(round_index, name) for name in run.names]
-    return _train(run, starts, round_index, steps_of_round(run, round_index), folders)
+    skips = run.recipe.protocol.on_failure == "skip_task_this_round"
+    experts = _train(run, starts, round_index, steps_of_round(run, round_index), folders, skips=skips)
+    _check_left(run, round_index, experts)
+    return experts
+
+
+def _check_left(run: Run, round_index: int, experts: Sequence[Expert]) -> None:
+    """Refuse a merge for which too many tasks failed."""
+    failed = failures(run, round_index, experts)
+    num_left, rounds = len(experts), run.recipe.protocol.rounds
+    if not failed:
+        return
+    wrong = ["a merge needs at least two"] if num_left < 2 else []
+    for made in (run.recipe.method, *(made for _, made in run.recipe.plan.overrides)):
+        wrong += [f"{made.name}.{key}: {text}" for key, text in made.problems(num_left, rounds)]
+    if wrong:
+        raise TrainingError(
+            f"round {round_index}: {num_left} of {len(run.tasks)} tasks are left, and {wrong[0]}; "
+            f"{'; '.join(failed.values())}. Remove {run.folder.round(round_index)} to try them again"
+            + ("" if run.trial else f", then {resume_command(run.folder.path)}")
+        )
+
+
+def failures(run: Run, round_index: int, experts: Sequence[Expert]) -> dict[str, str]:
+    """Why the tasks of a round that have no expert have none, in recipe order."""
+    left = {expert.task for expert in experts}
+    return {name: failure_of(run.folder.local_update(round_index, name)) for name in run.names if name not in left}
 
 
 def steps_of_round(run: Run, round_index: int) -> list[Steps]:
@@ -108,18 +137,39 @@ def _expert_folders(run: Run) -> list[Path]:
 
 
 def _train(
-    run: Run, starts: Sequence[ModelState], round_index: int, steps: Sequence[Steps], folders: Sequence[Path]
+    run: Run,
+    starts: Sequence[ModelState],
+    round_index: int,
+    steps: Sequence[Steps],
+    folders: Sequence[Path],
+    *,
+    skips: bool = False,
 ) -> list[Expert]:
+    """Train what is not trained yet; with `skips`, tasks whose local update failed are left out."""
     jobs = local_update_jobs(run, starts, round_index, steps, folders)
     for job in jobs:
         _reuse_expert(job, run.folder.expert(job.task.name))
         if run.shared is not None:
             _reuse_expert(job, shared_update(run.shared, job))
-    records = run.executor.map(run_local_update, jobs, run.progress)
+    try:
+        records = run.executor.map(try_local_update, [Attempt(job, skips) for job in jobs], run.progress)
+    except TrainingError as error:
+        may_skip = list(folders) != _expert_folders(run)
+        raise TrainingError(f"{error}{_what_next(run, may_skip=may_skip)}") from error
     return [
         Expert(job.task.name, expert_state(job.start, job.folder), record)
         for job, record in zip(jobs, records, strict=True)
+        if "failed" not in record
     ]
+
+
+def _what_next(run: Run, *, may_skip: bool) -> str:
+    """How to go on after a task that failed; a trial is gone on with by what it is a trial of."""
+    if run.trial:
+        return ""
+    again = f". Every step that was finished stays; {resume_command(run.folder.path)} tries it again"
+    skip = "protocol.on_failure=skip_task_this_round"
+    return f"{again}, and with {skip} the round goes on without the task" if may_skip else again
 
 
 def shared_update(shared: Path, job: LocalUpdateJob) -> Path:
@@ -176,7 +226,8 @@ def _kept_optimizer(run: Run, round_index: int, task: Task) -> Path | None:
     # a run that was extended did not keep them in what was its last round
     if run.recipe.local_update.optimizer_state == "restart" or round_index == _added_rounds(run)[0] + 1:
         return None
-    return run.folder.local_update(round_index - 1, task.name) / OPTIMIZER_NAME
+    place = last_update(run.folder, round_index, task.name)
+    return place / OPTIMIZER_NAME if place is not None else None
 
 
 def _needs_losses(recipe: Recipe) -> bool:

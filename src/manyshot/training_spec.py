@@ -18,6 +18,9 @@ class Protocol(Section):
     allocation: Literal["even", "gap"] = Field(
         "even", description="gap: from round 2 on, more steps for tasks that had more weight in the round before"
     )
+    on_failure: Literal["stop", "skip_task_this_round"] = Field(
+        "stop", description="when a task's local update fails: end the run, or merge the round without that task"
+    )
 
     @model_validator(mode="after")
     def _a_step_per_round(self) -> Protocol:
