@@ -262,7 +262,8 @@ def break_run(reference: Reference, work: Path, seed: str, kills: int, outcome: 
     command = ["run", str(reference.recipe), "--output", str(folder), "--resume", "--json"]
     told: list[str] = []
     for left in range(kills, -1, -1):
-        kill = choose(rng, reference.life, left / kills, f"{seed}/{left}")
+        # a life that follows another has less to do; so that it is killed at all, all are killed early
+        kill = choose(rng, reference.life, min(1.0, 2 / kills), f"{seed}/{left}")
         before, (steps, scored) = finished_files(folder), reference.pending(folder)
         life = live(command, folder, log, kill if left else None)
         after = finished_files(folder)

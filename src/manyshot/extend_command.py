@@ -128,7 +128,7 @@ def _note(folder: RunFolder, begun: Recipe, recipe: Recipe) -> None:
     place = folder.round(last)
     if MEMORIES[recipe.merge.outer_optimizer] and not (place / STATE_NAME).exists():
         # no round was to follow, so that the merge did not leave it: the same merge again does
-        for where, step in ((folder.path, f"round {last}"), (place, "round"), (place, "merge")):
+        for where, step in ((folder.path, f"round {last}"), (place, "records"), (place, "merge")):
             unseal(where, step)
         for name in ("DONE.json", "merge.json"):
             remove(place / name)
