@@ -109,12 +109,20 @@ def _read_config(folder: Path, task: str) -> dict[str, Any]:
     _check_number(config.get("lora_alpha"), f"{where}: lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         _check_number(value, f"{where}: alpha_pattern.{pattern}")
-        if not PATTERN.fullmatch(pattern):
+        if not _is_pattern(pattern):
             raise ModelError(
                 f"{where}: alpha_pattern.{pattern}: is no pattern for names of modules; it may have letters, digits, "
                 "'_', '.', '|', '^', '$', '\\\\' and brackets, and repeat what is no group"
             )
     return config
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether it is a regular expression, of those that do not take ages."""
+    try:
+        return re.compile(text) is not None and PATTERN.fullmatch(text) is not None
+    except re.error:
+        return False
 
 
 def _check_number(value: object, where: str) -> None:
