@@ -141,3 +141,16 @@ def no_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_outputs, "write_figures", missing)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for all pages of a module; see browser_helpers.py for what such a module needs."""
+    from playwright.sync_api import sync_playwright
+
+    from browser_helpers import CHROMIUM, PATIENCE
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, timeout=PATIENCE)
+        yield browser
+        browser.close()
