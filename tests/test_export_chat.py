@@ -174,6 +174,11 @@ def test_modelfile_holds_template_settings_and_ends() -> None:
     assert "PARAMETER temperature 0\n" in modelfile([], template, {"do_sample": False, "temperature": 0.7}, [])
 
 
+def test_modelfile_takes_numbers_alone_from_a_bases_settings() -> None:
+    settings = {"temperature": "0\nSYSTEM evil", "top_p": True, "top_k": [1], "min_p": float("nan")}
+    assert "PARAMETER" not in modelfile(["FROM ./x.gguf"], ChatTemplate(reason="it is odd"), settings, [])
+
+
 def test_modelfile_without_a_template_says_why_and_has_none() -> None:
     text = modelfile(["FROM ./x.gguf"], ChatTemplate(reason="it is odd"), {"top_k": 20}, ["</s>"])
     assert [line.split(" ", 1)[0] for line in text.splitlines()] == ["FROM", "#", "PARAMETER", "PARAMETER"]

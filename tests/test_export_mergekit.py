@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from manyshot.errors import RunFolderError
 from manyshot.export_command import ExportOptions, export
 from manyshot.export_mergekit import to_mergekit
 from manyshot.export_source import open_source
-from manyshot.rundir import read_json
+from manyshot.rundir import read_json, write_json
 from manyshot.task_vector import StoredTaskVector
 from merge_helpers import read_model
 from run_helpers import Runs, distance, round_folder, uneven_rows
@@ -140,6 +141,26 @@ def test_mergekit_says_what_it_cannot_say(runs: Runs, settings: dict[str, Any], 
     changed = {key: (raw[key] | value if key == "merge" else value) for key, value in settings.items()}
     found = to_mergekit(replace(source, recipe=Recipe.model_validate(raw | changed)))
     assert isinstance(found, str) and reason in found
+
+
+def test_mergekit_takes_the_merged_model_where_a_merge_was_taken_back(runs: Runs, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs.get(*SHORT, "operator.name=mean").folder, copy, symlinks=True)
+    record = read_json(copy / "round_002" / "merge.json")
+    write_json(copy / "round_002" / "merge.json", record | {"rolled_back": {"losses": {}}})
+    found = to_mergekit(open_source(copy, None))
+    assert found == "the round's merge was taken back, so the experts had no part in its model"
+
+
+def test_mergekit_names_the_experts_that_were_merged_alone(runs: Runs, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs.get(*SHORT, "operator.name=mean").folder, copy, symlinks=True)
+    record = read_json(copy / "round_002" / "merge.json")
+    del record["weights"]["numbers"]  # a round may go on without a task
+    write_json(copy / "round_002" / "merge.json", record)
+    config = export(copy, tmp_path / "out", ExportOptions("mergekit")).record["mergekit"]["config"]
+    assert [model["model"] for model in config["models"]] == ["./start+./experts/letters", "./start+./experts/words"]
+    assert not (tmp_path / "out" / "experts" / "numbers").exists()
 
 
 def test_mergekit_refuses_a_base_whose_path_it_would_misread(

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -22,8 +24,11 @@ from typer.testing import CliRunner
 import manyshot
 from manyshot.cli import app
 from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, RunFolderError
+from manyshot.export_card import adapter_card
 from manyshot.export_command import ExportOptions, ExportResult, export
 from manyshot.export_folder import check_written
+from manyshot.export_hints import model_hints
+from manyshot.export_source import open_source
 from manyshot.rundir import read_json
 from manyshot.runner import RunResult
 from manyshot.task_vector import StoredTaskVector
@@ -117,13 +122,19 @@ def test_model_brings_the_subfolders_of_its_base(runs: Runs, base_folder: Path, 
     assert not (result.output / "original").exists()  # the base's weights in another form
 
 
-def test_model_after_its_merged_folder_was_deleted_comes_from_the_master(run: RunResult, tmp_path: Path) -> None:
+def test_model_after_its_merged_folder_was_deleted_comes_from_the_master(
+    run: RunResult, base_folder: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run.folder, copy, symlinks=True)
     shutil.rmtree(copy / "round_002" / "merged")
     result = export(copy, tmp_path / "out", ExportOptions())
     assert same_bits(read_model(result.output), read_model(run.merged))
-    assert "Round 2 of 2" in (result.output / "README.md").read_text()
+    card = (result.output / "README.md").read_text()
+    assert "Round 2 of 2" in card and str(base_folder.parent) not in card
+    found = ModelCard(card).data.to_dict()
+    assert (found["base_model_relation"], found["library_name"]) == ("merge", "transformers")
+    assert "base_model" not in found  # a local folder is no id of the Hub
 
 
 # ---- adapter ---------------------------------------------------------------------------------------------------------
@@ -235,6 +246,31 @@ def test_adapter_leaves_out_modules_that_did_not_change(run: RunResult, tmp_path
     assert set(found["modules"]) == set(tensors) - {quiet}
     targets = read_json(tmp_path / "out" / "adapter_config.json")["target_modules"]
     assert "model.layers.0.self_attn.q_proj" in targets and quiet.removesuffix(".weight") not in targets
+
+
+def test_card_of_an_adapter_is_one_for_the_hub_and_holds_text_as_text(run: RunResult) -> None:
+    hostile = "</script><img src=x onerror=alert(1)>|`"
+    source = open_source(run.folder, None)
+    losses = dict.fromkeys(("pretrained", "merged", "adapter"), 1.0)
+    found = {
+        **{"rank": 2, "relative_error_with_dropped": 0.25, "dropped": {hostile: {}}},
+        "modules": {hostile: {"rank": 2, "relative_error": 0.5}},
+        "losses": {"tasks": {hostile: losses}, "cost": {hostile: 0.0}},
+    }
+    named = source.recipe.model_copy(update={"model": "owner/base"})
+    card = ModelCard(adapter_card(replace(source, recipe=named, base_name=hostile), found))
+    values = card.data.to_dict()
+    assert (values["base_model"], values["base_model_relation"]) == (["owner/base"], "adapter")
+    assert values["library_name"] == "peft" and values["tags"][:2] == ["lora", "merge"]
+    assert "<img" not in card.text and "</script" not in card.text and card.text.count("onerror") == 3
+    local = adapter_card(replace(source, base_name=named.model), found | {"losses": None})
+    assert str(source.base.parent) not in local and "base_model" not in ModelCard(local).data.to_dict()
+
+
+def test_paths_with_any_sign_in_them_stay_one_string() -> None:
+    hint = next(one for one in model_hints(Path('a "b"\\c'), "float32", chat=False) if one.tool == "transformers")
+    (line,) = [line for line in hint.lines if line.startswith("tokenizer")]
+    assert eval(line.removeprefix("tokenizer = AutoTokenizer.from_pretrained")) == 'a "b"\\c'
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

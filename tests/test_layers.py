@@ -359,7 +359,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"base_model", "errors", "misshapen", "operators", "recipe", "rundir", "status", "tensors", "yaml_text"},
     },
     "export_folder": {
-        *{"errors", "export", "export_source", "recipe_file", "rundir", "task_vector", "tensors"},
+        *{"errors", "export", "export_card", "export_source", "rundir", "task_vector", "tensors"},
     },
     "export_lora": {"peft_adapter", "rundir", "task_vector", "tensor_writer"},
     "export_adapter": {
@@ -374,7 +374,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export_chat": {"go_template"},
     "export_hints": set(),
-    "export_card": {"export_source"},
+    "export_card": {"base_model", "card_text", "compare_render", "export_source"},
     "export_command": {
         *{"disk", "errors", "export_adapter", "export_card", "export_chat", "export_folder", "export_hints"},
         *{"export_losses", "export_mergekit", "export_source", "merge_recipe", "models", "peft_adapter", "rundir"},

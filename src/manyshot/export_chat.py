@@ -6,6 +6,7 @@ down as Go template; one that does anything else is not, since a wrong template 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -281,6 +282,12 @@ def modelfile(sources: Sequence[str], template: ChatTemplate, generation: dict[s
     if generation.get("do_sample") is False:
         lines.append("PARAMETER temperature 0")
     else:
-        lines += [f"PARAMETER {SETTINGS[key]} {generation[key]}" for key in SETTINGS if generation.get(key) is not None]
+        known = {name: generation.get(key) for key, name in SETTINGS.items()}
+        lines += [f"PARAMETER {name} {value}" for name, value in known.items() if _is_number(value)]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop and "\n" not in stop]
     return "\n".join(lines) + "\n"
+
+
+def _is_number(value: object) -> bool:
+    """Whether a setting of a base's file may stand in a Modelfile: a text could bring lines of its own."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,8 +10,8 @@ from typing import Any
 
 from manyshot.errors import ModelError
 from manyshot.export import copy_side_files, export_model, output_info
+from manyshot.export_card import model_card
 from manyshot.export_source import ExportSource
-from manyshot.recipe_file import to_yaml
 from manyshot.rundir import atomic_folder, require_space, write_text
 from manyshot.task_vector import StoredTaskVector
 from manyshot.tensors import INDEX_NAME, Checkpoint, TensorInfo, find_weight_files
@@ -106,16 +106,4 @@ def _write_readme(source: ExportSource, folder: Path) -> None:
     if source.merged is not None and (source.merged / "README.md").is_file():
         shutil.copyfile(source.merged / "README.md", folder / "README.md")
         return
-    recipe = source.recipe
-    name = source.base_name.rsplit("/", 1)[-1]
-    text = f"""# {name}, merged from {len(recipe.tasks)} tasks
-
-Round {source.round_index} of {recipe.protocol.rounds} of many-shot merging, operator `{recipe.method.name}`.
-
-## Recipe
-
-```yaml
-{to_yaml(recipe).strip()}
-```
-"""
-    write_text(folder / "README.md", text)
+    write_text(folder / "README.md", model_card(source))

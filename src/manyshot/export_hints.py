@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def from_lines(output: Path, *, adapter: bool) -> Sequence[str]:
 def _python(model: Path, adapter: Path | None, *, chat: bool) -> tuple[str, ...]:
     """A reply by plain transformers."""
     peft = ("from peft import PeftModel",) if adapter else ()
-    on_top = (f'model = PeftModel.from_pretrained(model, "{adapter}")',) if adapter else ()
+    on_top = (f"model = PeftModel.from_pretrained(model, {_string(adapter)})",) if adapter else ()
     prompt = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True)'
@@ -107,13 +108,18 @@ def _python(model: Path, adapter: Path | None, *, chat: bool) -> tuple[str, ...]
     return (
         *peft,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({_string(model)})",
+        f'model = AutoModelForCausalLM.from_pretrained({_string(model)}, dtype="auto")',
         *on_top,
         prompt,
         'reply = model.generate(**inputs.to(model.device), max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]',
         "print(tokenizer.decode(reply, skip_special_tokens=True))",
     )
+
+
+def _string(path: Path) -> str:
+    """A path in Python, whatever signs it has."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _lm_eval(model: Path, adapter: Path | None, *, chat: bool) -> Hint:

@@ -82,6 +82,8 @@ def to_mergekit(source: ExportSource) -> MergekitMethod | str:
 def _beyond_mergekit(source: ExportSource) -> str | None:
     """What a recipe says about its merges that a mergekit file cannot say."""
     recipe = source.recipe
+    if "rolled_back" in source.merge_record:
+        return "the round's merge was taken back, so the experts had no part in its model"
     if recipe.overrides:
         return "the recipe has other operators by tensor name (overrides)"
     if recipe.merge.space == "factors":
@@ -188,10 +190,10 @@ def _start(source: ExportSource, folder: Path, say: Callable[[str], None]) -> st
 def _experts(
     source: ExportSource, folder: Path, start: str, say: Callable[[str], None]
 ) -> dict[str, tuple[str, float]]:
-    """Every task's expert as mergekit finds it, and its weight; adapters are on the start model."""
+    """Every merged task's expert as mergekit finds it, and its weight; adapters are on the start model."""
     weights: Mapping[str, float] = source.merge_record["weights"]
     found = {}
-    for task in source.recipe.tasks:
+    for task in (name for name in source.recipe.tasks if name in weights):  # a round may go on without a task
         say(f"expert {task}")
         state = _state(source, task)
         target = folder / "experts" / task
