@@ -198,6 +198,7 @@ def _round_record(index: int, measured: Json, merge: Json) -> Json:
         },
         **({"scaling": merge["line_search"]["scaling"]} if "line_search" in merge else {}),
         **({"guards": measured["guards"]} if measured["guards"] else {}),
+        **{key: measured[key] for key in ("skipped", "rolled_back") if key in measured},
     }
 
 
