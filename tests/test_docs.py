@@ -1,17 +1,21 @@
-"""What README and docs show is there: recipes load, Python runs, commands and flags exist, links lead somewhere."""
+"""What README and docs claim of the recipes and operators that they show; and that links lead somewhere.
+
+tests/test_docs_commands.py runs what they show, tests/test_docs_site.py makes the site.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from typer.main import get_command
 
 import manyshot
-from manyshot.cli import app
+from conftest import TASKS
 from manyshot.compare_plan import all_cells
 from manyshot.recipe_file import compare_recipe_from_mapping, recipe_from_mapping, tune_recipe_from_mapping
 from manyshot.tune_plan import plan_tune
@@ -38,15 +42,16 @@ def test_the_recipe_in_the_readme_loads(tmp_path: Path, monkeypatch: pytest.Monk
     assert (recipe.protocol.rounds, list(recipe.tasks)) == (5, ["math", "safety"])
 
 
-def test_the_operator_in_the_readme_is_a_median() -> None:
+def test_the_operator_in_the_docs_is_a_median() -> None:
     namespace: dict[str, object] = {}
-    own, _, pure = blocks("README.md", "python")
+    (own,) = blocks("docs/operators.md", "python")
     exec(own, namespace)
     vectors = torch.tensor([[1.0, 5.0], [2.0, 4.0], [9.0, 3.0]])
     median = namespace["Median"]
     assert isinstance(median, type)
     merged = median(scaling=2.0).merge(vectors, torch.ones(3), manyshot.Tile())
     assert merged.tolist() == [4.0, 8.0]
+    (pure,) = blocks("docs/reference/python.md", "python")
     exec(pure, namespace)
     assert namespace["merged_P"].shape == (1000,)  # type: ignore[attr-defined]
 
@@ -80,14 +85,33 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_pages_exist_with_their_flags(page: Path) -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    for line in re.findall(r"^(?:    )?manyshot (.*)$", page.read_text("utf-8"), re.M):
-        shown = line.split("#")[0].split()
-        if shown[0].startswith("-"):
-            continue
-        assert shown[0] in commands, f"{page.name}: manyshot {line}"
-        known = {flag for option in commands[shown[0]].params for flag in (*option.opts, *option.secondary_opts)}
-        used = {word.split("=")[0] for word in shown if word.startswith("-")}
-        assert used <= known | {"--help"}, f"{page.name}: manyshot {line}"
+# ---- docs/run_folder.md ----------------------------------------------------------------------------------------------
+
+TREE_LINE = re.compile(r"^    ((?:│   |    )*)[├└]── (\S+)", re.M)
+
+
+def tree(page: str) -> list[tuple[str, re.Pattern[str]]]:
+    """The paths of the tree of files in a page, each as a pattern; of a folder without entries, all that is in it."""
+    found: list[tuple[str, int]] = []
+    above: list[str] = []
+    for indent, name in TREE_LINE.findall((ROOT / page).read_text("utf-8")):
+        depth = len(indent) // 4
+        above[depth:] = [name]
+        found.append(("".join(above), depth))
+    paths = [path for (path, _), after in itertools.zip_longest(found, found[1:]) if not after or path not in after[0]]
+    return [(path, re.compile(pattern(path))) for path in paths]
+
+
+def pattern(path: str) -> str:
+    text = re.escape(path).replace(r"round_00r", r"round_00[1-9]").replace("<task>", f"({'|'.join(TASKS)})")
+    return f"{text}.+" if path.endswith("/") else text
+
+
+def test_the_run_folder_is_as_its_page_says(recipe_mapping: dict[str, Any], tmp_path: Path) -> None:
+    recipe_mapping["evaluation"]["post_hoc"] = True
+    folder = manyshot.run(recipe_mapping, tmp_path / "run").folder
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() or file.is_symlink()]
+    entries = tree("docs/run_folder.md")
+    untold = [file for file in files if not any(one.fullmatch(file) for _, one in entries)]
+    missing = [path for path, one in entries if not any(one.fullmatch(file) for file in files)]
+    assert (sorted(untold), missing) == ([], [])
