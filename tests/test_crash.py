@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import crash_harness
 from crash_harness import MARKER, Kill, Points, record, tear
 
 HARNESS = Path(crash_harness.__file__)
 
 
+@pytest.mark.timeout(600)
 def test_crash_harness_finds_nothing_in_twenty_kills(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, str(HARNESS), "--kills", "20", "--per-run", "5", "--json", str(result)]
