@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
+INPUTS ?= 100000
 # 25 GB of checkpoints for the merge benchmark are made here
 BENCH_WORK ?= /tmp/manyshot-bench
 
-.PHONY: setup demo study-quick test test-slow check docs bench clean
+.PHONY: setup demo study-quick test test-slow check docs fuzz audit bench clean
 
 setup: .venv/.installed
 
@@ -34,6 +35,15 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# 100,000 changed files of strangers; goes on where it was stopped. SEED=1 gives others
+fuzz: setup
+	$(BIN)/python tests/fuzz_driver.py --inputs $(INPUTS) --seed $(SEED) --folder build/fuzz/$(SEED)
+
+# known vulnerabilities of the tested versions; asks the advisory service of PyPI, so it needs a network
+audit: setup
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
