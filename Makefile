@@ -40,10 +40,10 @@ test: check
 fuzz: setup
 	$(BIN)/python tests/fuzz_driver.py --inputs $(INPUTS) --seed $(SEED) --folder build/fuzz/$(SEED)
 
-# known vulnerabilities of the tested versions; asks the advisory service of PyPI, so it needs a network
+# known vulnerabilities of the tested versions; asks the advisory service of PyPI, and fails where it cannot be asked
 audit: setup
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
