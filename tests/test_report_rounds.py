@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from manyshot.report_build import Report, build_report
-from manyshot.report_data import Details, Example
+from manyshot.report_data import Block, Details, Example, Model, Role, Shares, Subject
 from manyshot.report_examples import MOST_BYTES, fitted
-from manyshot.report_figures import cosines
+from manyshot.report_figures import cosines, models_of, series_of
 from manyshot.report_html import render
 from manyshot.report_markdown import render_markdown
 from manyshot.report_page import Section
@@ -208,6 +208,28 @@ def test_cosines_share_the_room_of_a_page(tmp_path: Path) -> None:
     assert [chart.title for chart in last.charts] == ["round 2", "round 3"]
     assert "Only the last 2 of 3 rounds" in last.caption and len(every.charts) == 3
     assert cosines(subject, task_names(5), 20) is None
+
+
+def many_models(num_others: int) -> Block:
+    """A block whose best subject is `best`, merged once as `once`, beside others and references."""
+
+    def subject(name: str, role: Role, average: float, once: str | None = None) -> Subject:
+        shares = Shares({}, average, average, None, 0.0)
+        return Subject(Model(name, role, {}, {}, shares), [], [], once=once)
+
+    others = [subject(f"other {i}", "merged", 0.1) for i in range(num_others)]
+    subjects = [*others, subject("once", "post_hoc", 0.2), subject("best", "other", 0.9, "once")]
+    references = [Model(name, name, {}, {}) for name in ("pretrained", "experts")]  # type: ignore[arg-type]
+    return Block("b", [], [], references, subjects, {}, "")
+
+
+def test_of_many_models_those_are_shown_first_that_the_verdict_speaks_of() -> None:
+    few, many = (series_of(models_of(block), block) for block in map(many_models, (4, 5)))
+    assert all(one.shown for one in few)
+    assert {one.name: one.role for one in many if one.shown} == {
+        **{"pretrained": "pretrained", "experts": "experts", "once": "post_hoc", "best": "merged"},
+    }
+    assert [(one.role, one.place) for one in many if not one.shown] == [("other", i) for i in range(5)]
 
 
 # ---- what is not ours to say -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from manyshot.trackers import check_trackers, part_id, round_values
 from run_helpers import Runs, unlike
 
 PAIR = ("letters", "numbers")
+ANOTHER = f"round_001/{PAIR[1]}"
 SMALL = ("protocol.local_steps=2", "evaluation.validation_examples=2", "evaluation.test_examples=2")
 ON = ("trackers.names=[tensorboard]", "trackers.project=tests", "trackers.tags=[one,two]")
 
@@ -273,6 +274,25 @@ def test_wandb_gets_one_group_with_stable_ids(runs: Runs, wandb: Ledger) -> None
     assert rounds[2]["weight/letters"] == read_json(folder / "round_002" / "loss_gap.json")["weights"]["letters"]
     assert "loss" in wandb.logged[part_id(run_id, "round_001/letters")][0]
     assert wandb.current is None
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_same_runs_of_wandb(runs: Runs, wandb: Ledger) -> None:
+    folder = runs.new_folder()
+
+    def stop(event: Event) -> None:
+        if event.kind == "advance" and event.phase == "local_update" and event.round_index == 2:
+            raise KeyboardInterrupt
+
+    recipe = runs.recipe(*SMALL, "trackers.names=[wandb]")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folder, listener=stop)
+    before = {one["name"]: one["id"] for one in wandb.opened}
+    assert wandb.current is None and set(before) == {"rounds", *(f"round_00{r}/{PAIR[0]}" for r in (1, 2)), ANOTHER}
+    run(recipe, folder, resume=True)
+    after = {one["name"]: one["id"] for one in wandb.opened}
+    assert after.items() > before.items() and len({one["group"] for one in wandb.opened}) == 1
+    # every round is told once, however often the run was stopped
+    assert [one["round"] for one in wandb.logged[after["rounds"]]] == [0, 1, 2]
 
 
 def test_trackio_knows_parts_by_names_that_no_other_run_has(

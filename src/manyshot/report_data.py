@@ -139,6 +139,19 @@ class Block:
     def subject(self, name: str | None) -> Subject | None:
         return next((subject for subject in self.subjects if subject.name == name), None)
 
+    @property
+    def best(self) -> Subject | None:
+        """What to speak of: the run's merged model; of several, that with the best average, or the lowest loss."""
+        if self.main is not None:
+            return self.subject(self.main)
+        merged = [subject for subject in self.subjects if subject.merges]
+        averages = {s.name: s.model.normalized.average for s in merged if s.model.normalized}
+        known = {name: average for name, average in averages.items() if average is not None}
+        if merged and len(known) == len(merged):  # else nothing but losses is there for all
+            return max(merged, key=lambda subject: known[subject.name])
+        losses = {s.name: loss for s in merged if (loss := s.model.multi_task_loss) is not None}
+        return min(merged, key=lambda subject: losses.get(subject.name, math.inf), default=None)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -15,8 +15,13 @@ FEWEST_AXES, MOST_AXES = 3, 16
 LARGEST_SHARE = 2.0
 # tasks that can be told apart by colour and pattern in one chart; more are shown as rows of a heat map
 MOST_COLOURS = 16
+# models that can be told apart in one chart; of more, only those are shown at first that the verdict speaks of
+MOST_MODELS = 8
 # cells of all cosine matrices of a page: later rounds come first
 MOST_CELLS = 20_000
+
+# models that there is one of, or that are all drawn as one
+REFERENCES = ("pretrained", "experts")
 
 Pick = Callable[[Round], Numbers]
 
@@ -26,17 +31,26 @@ def models_of(block: Block) -> list[Model]:
     return [*block.references, *(subject.model for subject in block.subjects)]
 
 
-def series_of(models: Sequence[Model]) -> tuple[Series, ...]:
-    """Models of a role of their own look like it; all others by their place."""
-    found, place, taken = [], 0, set()
+def series_of(models: Sequence[Model], block: Block) -> tuple[Series, ...]:
+    """The best model, the same merged once, and references look like what they are; all others by their place."""
+    best = block.best
+    roles: dict[str | None, Role] = {model.label: model.role for model in models if model.role in REFERENCES}
+    if best is not None:
+        roles |= {best.once: "post_hoc", best.name: "merged"}
+    found, place = [], 0
     for model in models:
-        role: Role = model.role
-        if role in taken and role not in ("pretrained", "experts"):
-            role = "other"
-        taken.add(role)
-        found.append(Series(model.label, role, place if role == "other" else 0))
+        role = roles.get(model.label, "other")
+        found.append(
+            Series(model.label, role, place if role == "other" else 0, role != "other" or len(models) <= MOST_MODELS)
+        )
         place += role == "other"
     return tuple(found)
+
+
+def _and_hidden(caption: str, series: Sequence[Series]) -> str:
+    """The caption with what is to be said of models that are not shown at first."""
+    hidden = sum(not one.shown for one in series)
+    return f"{caption} {hidden} of {len(series)} models are hidden; the legend shows them." if hidden else caption
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -82,7 +96,8 @@ def radar(block: Block) -> Figure | None:
         chart = Chart("radar", "", label, {"axes": names, "top": top, "values": drawn})
     rows = [(name, *(shown(found[name]) for found in values.values())) for name in names]
     sheet = Sheet(f"{what.capitalize()} per task", ("task", *values), tuple(rows))
-    return Figure(f"{what.capitalize()} per task", caption, series_of(models), (chart,), sheet)
+    series = series_of(models, block)
+    return Figure(f"{what.capitalize()} per task", _and_hidden(caption, series), series, (chart,), sheet)
 
 
 def _own_share(experts: Model, names: Sequence[str]) -> Numbers:
@@ -121,7 +136,8 @@ def scores(block: Block) -> Figure | None:
     )
     chart = Chart("points", "", label, {"rows": block.scored, "values": values, "axis": "test score"})
     caption = f"Test split, greedy decoding; bars: {block.spread}. Where bars overlap, the order may be chance."
-    return Figure("Test scores", caption, series_of(models), (chart,), sheet)
+    series = series_of(models, block)
+    return Figure("Test scores", _and_hidden(caption, series), series, (chart,), sheet)
 
 
 def _point(score: Score | None) -> list[float | None] | None:
@@ -179,7 +195,8 @@ def losses(block: Block) -> Figure | None:
     if levels:
         caption += " Level lines: what has no course over the rounds, to hold the others against."
     sheet = Sheet("Validation loss after every round", headers, tuple(rows), 2)
-    return Figure("Loss per task over the rounds", caption, series_of(models), tuple(charts), sheet)
+    series = series_of(models, block)
+    return Figure("Loss per task over the rounds", _and_hidden(caption, series), series, tuple(charts), sheet)
 
 
 def _curve(subject: Subject, last: int) -> dict[int, Numbers]:

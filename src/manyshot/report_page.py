@@ -16,11 +16,15 @@ SIGNIFICANT = 6
 
 @dataclass(frozen=True)
 class Series:
-    """One line, bar or marker of a figure's charts. A task's colour and pattern follow from its `place`."""
+    """One line, bar or marker of a figure's charts. A task's colour and pattern follow from its `place`.
+
+    What is not `shown` at first can be chosen in the legend.
+    """
 
     name: str
     role: Role | Literal["task"]
     place: int = 0
+    shown: bool = True
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,6 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
         operator=str(outline.operator),
         seeds=[int(recipe.get("seed") or 0)],
         recipe=text,
-        settings=settings_of(recipe),
         findings=_findings(records, folder, rounds),
         guarded=any(path.glob("round_*/guards.json")),
         wall=seconds_in_all(folder.metrics),
@@ -355,11 +354,12 @@ def _answering(folder: RunFolder, models: Sequence[Model], tasks: Sequence[str],
 
 
 def _environment(records: Records, folder: RunFolder, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Command, versions and machine, for Details."""
+    """Command, settings, versions and machine, for Details."""
     found = records.read(folder.environment, expected=True)
     machine = {key: str(found[key]) for key in ("placement", "threads", "python", "platform") if found.get(key)}
     return {
         "command": str(found.get("command") or "not recorded"),
+        "settings": settings_of(recipe),
         "base_model": str(mapping(found.get("base_model")).get("name") or recipe.get("model")),
         "versions": {str(name): str(version) for name, version in mapping(found.get("packages")).items() if version},
         "machine": machine,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from manyshot.compare_statistics import Paired, SeedPair, paired_normalized
@@ -10,27 +9,12 @@ from manyshot.errors import RunFolderError
 from manyshot.report_data import Block, Details, Model, Shares, Subject
 from manyshot.report_page import Card, Sheet, listed, shown, within
 
-
-def best_of(block: Block) -> Subject | None:
-    """The subject to speak of: the run's merged model; of several, that with the best average, or the lowest loss."""
-    if block.main is not None:
-        return block.subject(block.main)
-
-    merged = [subject for subject in block.subjects if subject.merges]
-    averages = {s.name: s.model.normalized.average for s in merged if s.model.normalized}
-    known = {name: average for name, average in averages.items() if average is not None}
-    if merged and len(known) == len(merged):  # else nothing but losses is there for all
-        return max(merged, key=lambda subject: known[subject.name])
-    losses = {s.name: loss for s in merged if (loss := s.model.multi_task_loss) is not None}
-    return min(merged, key=lambda subject: losses.get(subject.name, math.inf), default=None)
-
-
 # ---- one sentence ----------------------------------------------------------------------------------------------------
 
 
 def verdict(block: Block, details: Sequence[Details]) -> str:
     """What came out, or how far it has come."""
-    best, stopped = best_of(block), details[0].stopped if len(details) == 1 else None
+    best, stopped = block.best, details[0].stopped if len(details) == 1 else None
     if best is None:
         return f"Not finished: {stopped}." if stopped else "Nothing has been merged yet."
     others = [subject for subject in block.subjects if subject.merges]
@@ -73,7 +57,7 @@ def outcome(block: Block, best: Subject) -> str:
 def cautions(block: Block, details: Sequence[Details]) -> list[str]:
     """Sentences that belong beside the verdict: is it chance, what is not defined, what guards and files say."""
     found = []
-    best = best_of(block)
+    best = block.best
     once = block.subject(best.once) if best else None
     if best and once:
         found += difference(block, best.model, once.model)
@@ -127,7 +111,7 @@ def _told(paired: Paired) -> str:
 
 def cards(block: Block) -> list[Card]:
     """Average, worst task, drop, and what is kept of the experts' gain in loss; without experts, scores and losses."""
-    best = best_of(block)
+    best = block.best
     if best is None:
         return []
     once, start = block.subject(best.once), block.reference("pretrained")

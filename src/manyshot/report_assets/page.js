@@ -58,7 +58,7 @@ const onResize = new ResizeObserver((entries) => entries.forEach(({ target }) =>
 class Figure {
   constructor(given) {
     this.given = given;
-    this.hidden = new Set();
+    this.hidden = new Set(given.series.filter((one) => !one.shown).map((one) => one.name));
     this.legend = document.getElementById(`${given.id}-legend`);
     this.area = given.charts.some((chart) => chart.kind === "stack" || chart.kind === "bars");
     this.charts = given.charts.map((chart) => ({ ...chart, node: document.getElementById(chart.id), width: 0 }));
