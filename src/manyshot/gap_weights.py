@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from manyshot.errors import MergeError
@@ -20,6 +21,9 @@ LARGEST_OVER_EXPERT = 4.0
 EFFECTIVE_SHARE = 0.75
 # below every weight that float32 can hold: what a weight of zero counts as where its logarithm is taken
 SMALLEST_WEIGHT = 1e-45
+# the smallest float64 that has all its digits
+SMALLEST_TEMPERATURE = sys.float_info.min
+SMALLEST_SPREAD = 1e-100
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def _share(gap: float, of: float, largest: float) -> float:
 
 def gap_weights(gaps: Sequence[float], temperature: float) -> list[float]:
     """α = softmax(G / λ), in float64, shifted by the largest gap so that no exponential overflows."""
-    if not all(math.isfinite(gap) for gap in gaps):
-        raise MergeError(f"loss gaps must be finite, found {list(gaps)}")
+    if not all(math.isfinite(gap) for gap in (*gaps, max(gaps) - min(gaps))):
+        raise MergeError(f"loss gaps must be finite, and so must their differences, found {list(gaps)}")
     largest = max(gaps)
     raised = [math.exp((gap - largest) / temperature) for gap in gaps]
     total = math.fsum(raised)
@@ -108,8 +112,10 @@ def auto_temperature(gaps: Sequence[float], effective: float) -> float:
     Where several tasks share the largest gap no λ gives fewer effective tasks than those; then the smallest λ tried.
     """
     spread = max(gaps) - min(gaps)
-    if spread == 0:
-        return 1.0  # any: the weights are uniform
+    if spread == 0 or not math.isfinite(spread):
+        return 1.0  # any: the weights are uniform; or gap_weights() refuses such gaps
+    if not SMALLEST_SPREAD < spread < 1 / SMALLEST_SPREAD:  # the products below would leave float64
+        return max(spread * auto_temperature([gap / spread for gap in gaps], effective), SMALLEST_TEMPERATURE)
     low, high = spread * 1e-4, spread * 1e4
     for _ in range(200):
         middle = math.sqrt(low * high)
@@ -177,9 +183,13 @@ def choose_weights(
 ) -> tuple[list[float], dict[str, Any]]:
     """The tasks' weights for an operator, and how they came about: α = softmax(G/λ), or what needs no gaps.
 
-    `before` holds the weights of the round before, where there was one and the operator remembers them.
+    `before` holds the weights of the round before, where there was one and the operator remembers them. Raises
+    MergeError for losses that are not finite, whether the weights need them or not.
     """
     gaps = losses.gaps
+    for which, found in asdict(losses).items():
+        if not all(math.isfinite(loss) for loss in found):
+            raise MergeError(f"validation losses must be finite, found {list(found)} ({which})")
     if not needs_gaps(operator):
         return weights_without_gaps(operator, len(gaps)), {}
     details: dict[str, Any] = {}

@@ -153,8 +153,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 def mean_loss(encoded: Sequence[Encoded], sums: Sequence[TokenSums], scale: float = 1.0) -> ValidationLoss:
     """Token-weighted mean cross-entropy of a model on encoded examples, times what the task counts its losses in."""
     num_tokens = sum(example.num_counted for example in encoded)
+    loss = math.fsum(one.nats for one in sums) / num_tokens * scale
+    if not math.isfinite(loss):
+        raise DataError(f"a validation loss of {loss} with loss_scale {scale:g}; give the task a smaller one")
     return ValidationLoss(
-        loss=math.fsum(one.nats for one in sums) / num_tokens * scale,
+        loss=loss,
         num_tokens=num_tokens,
         num_examples=len(encoded),
         truncated_share=sum(example.truncated for example in encoded) / len(encoded),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from manyshot.errors import ModelError
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint
 
@@ -14,13 +15,19 @@ OPTIMIZER_NAME = "optimizer.safetensors"
 
 
 def write_state(optimizer: Any, model: torch.nn.Module, file: Path, carried: Path | None = None) -> None:
-    """Write `<parameter>.<entry>` for all that the optimizer has trained; `carried` says it of what was frozen now."""
+    """Write `<parameter>.<entry>` for all that the optimizer has trained; `carried` says it of what was frozen now.
+
+    Raises ModelError for NaN and Inf: a moment that overflowed stops its parameter for good, and no loss would tell.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stored = Checkpoint(carried) if carried is not None else None
     tensors = {name: stored.read(name) for name in stored.names} if stored is not None else {}
     for parameter in _parameters(optimizer):
         for entry, value in optimizer.state[parameter].items():
-            tensors[f"{names[id(parameter)]}.{entry}"] = value
+            name = f"{names[id(parameter)]}.{entry}"
+            if not torch.isfinite(value).all():
+                raise ModelError(f"optimizer state '{name}' holds NaN or Inf; the local update diverged")
+            tensors[name] = value
     write_tensors(file, tensors)
 
 

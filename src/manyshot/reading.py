@@ -103,7 +103,8 @@ class TaskVectorReader:
             raise ModelError(f"{self.pretrained.path}: tensor '{name}' holds NaN or Inf")
         for task, found in zip(self.tasks, bad[1:], strict=True):
             if found:
-                raise MergeError(f"task '{task}', tensor '{name}': the expert holds NaN or Inf")
+                where = f"task '{task}', tensor '{name}'"
+                raise MergeError(f"{where}: the expert holds NaN or Inf, or factors whose product does")
 
     def read_before(self, piece: Piece, scratch: Scratch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Θʳ⁻¹ (where something needs it) and Θʳ⁻¹ − Θ⁰ (where it is not zero)."""

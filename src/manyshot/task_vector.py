@@ -115,6 +115,10 @@ class FactorTable:
     whole: Mapping[str, str] = field(default_factory=dict)
 
 
+# of float32
+LARGEST = 3.4e38
+
+
 class AdapterFactors:
     """The low-rank factors of an adapter folder and which base tensor each belongs to.
 
@@ -176,6 +180,10 @@ class AdapterFactors:
             a_RI = self.weights.read(factor.lora_a).float()
             b_OR = self.weights.read(factor.lora_b).float()
             finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
+            # a product that float32 cannot hold is Inf, or NaN where two of them meet; none is larger than this
+            largest = [float(one.abs().max()) if one.numel() else 0.0 for one in (a_RI, b_OR)]
+            scaling = abs(factor.scaling)
+            finite &= max(scaling, largest[0] * largest[1] * len(a_RI) * max(scaling, 1.0)) < LARGEST
             left, right = (a_RI.T, b_OR.T.contiguous()) if factor.transposed else (b_OR, a_RI)
             found = left, right, not finite
             self._cache[name] = found
