@@ -64,13 +64,16 @@ ALLOWED: dict[str, set[str]] = {
         *{"stream", "task_vector", "tensor_writer", "tensors"},
     },
     "training_spec": {"task_spec"},
+    "determinism": {
+        *{"disk", "executors", "inputs", "progress", "recipe", "rounds", "rundir", "seeding", "steps", "tensors"},
+    },
     "local_failure": {"disk", "errors", "local_update", "manifest", "progress", "rundir"},
     "steps_regression": {
         *{"errors", "guard_advice", "manifest", "models", "rundir", "status", "steps", "steps_merge"},
         *{"tensor_writer", "tensors"},
     },
     "allocation": set(),
-    "optimizer_state": {"tensor_writer", "tensors"},
+    "optimizer_state": {"errors", "tensor_writer", "tensors"},
     "start_adapters": {"recipe", "rundir", "training_spec"},
     "recipe": {"operators", "task_spec", "tracker_spec", "training_spec"},
     "merge_recipe": {"gap_weights", "operators", "recipe"},

@@ -43,6 +43,9 @@ Force = Annotated[bool, typer.Option("--force", help="Delete the run that is in 
 Repair = Annotated[
     bool, typer.Option("--repair", help="As --resume; steps whose files were changed or removed are redone.")
 ]
+VerifyDeterminism = Annotated[
+    bool, typer.Option("--verify-determinism", help="Only run the first round twice, and say which step differs.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the merged model's path and nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
@@ -76,14 +79,35 @@ def run(
     resume: Resume = False,
     force: Force = False,
     repair: Repair = False,
+    verify_determinism: VerifyDeterminism = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train, merge and score in rounds, as the recipe says."""
+    """Train, merge and score in rounds, as the recipe says.
+
+    With --verify-determinism, exit code 0 says that the first round is the same twice, 1 that it is not.
+    """
     from manyshot.recipe_file import load_recipe
 
     folder = output or Path("runs") / recipe.stem
+    if verify_determinism:
+        _verify_determinism(load_recipe(recipe, overrides or []), folder, quiet, as_json)
+        return
     _run(load_recipe(recipe, overrides or []), folder, resume, force, repair, quiet, as_json)
+
+
+def _verify_determinism(recipe: Recipe, output: Path, quiet: bool, as_json: bool) -> None:
+    import json
+
+    from manyshot.cli_view import PlainView, open_view
+
+    with open_view(quiet=quiet, as_json=as_json, on_terminal=lambda console: PlainView()) as view:
+        from manyshot.determinism import verify_determinism
+
+        found = verify_determinism(recipe, output, view.listen)
+    print(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    if found.differences:
+        raise typer.Exit(1)
 
 
 @app.command()
