@@ -17,6 +17,7 @@ import manyshot
 from generate_keys import table
 from manyshot import errors, gap_weights
 from manyshot.cli import app
+from manyshot.merge_command import MergeResult
 
 MADE = "<!-- made by docs/generate.py; change signatures, docstrings and help texts in src/manyshot -->\n"
 SOURCE = Path(manyshot.__file__).parent
@@ -47,6 +48,7 @@ def api_page() -> str:
     parts = [MADE, "# Python\n", LEAD]
     parts += ["## What the commands do\n", *(_function(name, getattr(manyshot, name)) for name in functions)]
     parts += ["## What comes back\n", *(_record(getattr(manyshot, name)) for name in results)]
+    parts += [_record(MergeResult, "manyshot.merge_command")]
     parts += ["## Recipes\n", "Frozen, and checked as they are made; fields are the keys of the files.\n"]
     kinds = [
         (f"`manyshot.{name}`", _sentence(getattr(manyshot, name)), f"[keys]({page})") for name, page in RECIPES.items()
@@ -117,7 +119,7 @@ def _methods(kind: type) -> Iterable[str]:
     yield ""
 
 
-def _record(kind: type) -> str:
+def _record(kind: type, module: str = "manyshot") -> str:
     """A result: its fields, each with its type, and what its docstring says."""
     rows = [(f"`{field.name}`", f"`{field.type}`") for field in dataclasses.fields(kind)]
     rows += [
@@ -125,15 +127,14 @@ def _record(kind: type) -> str:
         for name, member in vars(kind).items()
         if isinstance(member, property) and not name.startswith("_")
     ]
-    return "\n".join([f"### `manyshot.{kind.__name__}`\n", _text(kind), table(("field", "type"), rows)])
+    return "\n".join([f"### `{module}.{kind.__name__}`\n", _text(kind), table(("field", "type"), rows)])
 
 
 def _signature(name: str, thing: Any) -> str:
     signature = inspect.signature(thing)
-    given = [
-        _parameter(parameter) for parameter in signature.parameters.values() if parameter.name not in ("self", "cls")
-    ]
-    keyword_only = [i for i, one in enumerate(signature.parameters.values()) if one.kind is one.KEYWORD_ONLY]
+    parameters = [one for one in signature.parameters.values() if one.name not in ("self", "cls")]
+    given = [_parameter(one) for one in parameters]
+    keyword_only = [i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY]
     if keyword_only:
         given.insert(keyword_only[0], "*")
     returns = signature.return_annotation
@@ -180,6 +181,7 @@ def cli_page() -> str:
     """Every command with its arguments and options."""
     group: Any = get_command(app)
     parts = [MADE, "# Commands\n", CLI_LEAD]
+    parts += [table(("option before the command", ""), [_option(one) for one in group.params])]
     for name, command in group.commands.items():
         context = command.context_class(command, info_name=f"manyshot {name}")
         usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())

@@ -71,8 +71,11 @@ def commands(page: Path) -> list[str]:
 def parse(command: str) -> None:
     """Take a `manyshot` command as its program would, without doing it. Raises click's UsageError."""
     group: Any = get_command(app)
-    _, name, *arguments = shlex.split(command)
-    group.commands[name].make_context(f"manyshot {name}", arguments)
+    words = shlex.split(command)[1:]
+    known = {flag for option in group.params for flag in option.opts}
+    while words[0] in known:
+        words.pop(0)
+    group.commands[words[0]].make_context(f"manyshot {words[0]}", words[1:])
 
 
 # ---- a folder in which pages can be followed -------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from manyshot.recipe_file import (
 NOT_RUN = {
     r"manyshot demo": "minutes of a 135M model; tests/test_demo_model.py (make test-slow) runs it",
     r"manyshot serve .*": "runs until it is stopped; tests/test_serve.py asks its server",
+    r"manyshot --trust-remote-code .*": "code that a model brings along; tests/test_security.py",
     r"manyshot push .*": "uploads; tests/test_push.py has a Hub of its own",
     r"manyshot eval .*--preset metis.*": "data sets of the Hub; tests/test_harness.py has local ones",
     r"manyshot eval .*--tasks .*": "data sets of the Hub; tests/test_harness.py has local ones",
