@@ -25,7 +25,7 @@ from manyshot.models import load_config, load_tokenizer, meta_model
 from manyshot.peft_adapter import PATTERN, read_adapter
 from manyshot.push import plan_upload
 from manyshot.recipe import operator_adapter
-from manyshot.recipe_file import recipe_from_mapping
+from manyshot.recipe_file import merge_recipe_from_mapping, recipe_from_mapping
 from manyshot.report_build import build_report
 from manyshot.rundir import RunFolder, read_json, read_lines
 from manyshot.status import read_outline, run_status
@@ -162,6 +162,13 @@ def test_a_packed_file_that_unpacks_without_end_is_refused(
         read_file(path, "a")
 
 
+@pytest.mark.parametrize("operator", [{"density": 0.5}, {"name": None, "a": 1}, {"name": ["ties"], "a": 1}, {"name": 7}])
+def test_an_operator_without_a_name_of_its_own_is_explained(operator: dict[str, Any]) -> None:
+    experts = {"one": {"path": "a/b"}, "two": {"path": "a/c"}}
+    with pytest.raises(RecipeError, match="operator"):
+        merge_recipe_from_mapping({"base": "a/d", "experts": experts, "operator": operator})
+
+
 def test_the_reader_of_operators_is_made_once() -> None:
     """Made for every operator that a comparison looks at, it took the paper's recipes more than 5 s."""
     assert operator_adapter() is operator_adapter()
@@ -222,6 +229,15 @@ def test_patterns_that_adapters_have_are_taken(pattern: str) -> None:
     assert PATTERN.fullmatch(pattern)
 
 
+@pytest.mark.parametrize("shard", [[0] * 500, {"a": "b"}, None, "a" * 5000, "a\0b", "\ud800"])
+def test_a_shard_whose_name_no_file_can_have_is_refused(tmp_path: Path, shard: Any) -> None:
+    make_base(tmp_path / "model")
+    index = {"weight_map": {"a.weight": shard}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ModelError, match=r"no name of a file|not a file of this folder|missing from"):
+        Checkpoint(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -251,6 +267,7 @@ def test_factors_of_another_shape_are_refused(tmp_path: Path, entry: Any) -> Non
         ("tokenizer.json", "added_tokens", [{}]),
         ("tokenizer_config.json", "tokenizer_class", 3),
         ("tokenizer_config.json", "eos_token", {"a": 1}),
+        ("tokenizer_config.json", "model_max_length", "long"),
     ],
 )
 def test_what_transformers_cannot_read_is_an_error_that_names_the_folder(

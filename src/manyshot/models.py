@@ -115,6 +115,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool, digests: tuple[str, .
 
     with _library(f"{folder}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=consented(trust_remote_code))
+        tokenizer.encode("a")  # some settings of another kind show only here
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{folder}: its tokenizer has neither a padding token nor an end token")
@@ -165,8 +166,7 @@ def check_attention(model: PreTrainedModel, attention: str | None) -> None:
 def _from_pretrained(folder: Path, placement: Placement, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # the argument is left out where nothing is asked for: None would be a choice too
-    attention = {"attn_implementation": placement.attention} if placement.attention else {}
+    attention = {"attn_implementation": placement.attention} if placement.attention else {}  # None is a choice too
     with _library(f"{folder}: the model cannot be loaded"):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),

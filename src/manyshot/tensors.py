@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MAX_NAME = 200  # of a shard, in characters; file systems end at 255 bytes
 
 # name in the safetensors header -> torch's name, bytes, whether it is a float
 KINDS: dict[str, tuple[str, int, bool]] = {
@@ -190,7 +191,7 @@ def find_weight_files(path: Path) -> list[Path]:
         files = []
         for shard in sorted(set(weight_map.values())):
             file = path / shard
-            if Path(shard).name != shard or shard in ("", ".."):
+            if Path(shard).name != shard or shard in ("", "..") or len(shard) > MAX_NAME:
                 raise ModelError(f"{index}: names '{shard}', which is not a file of this folder")
             if not file.exists():
                 raise ModelError(f"{index}: names the shard '{shard}', which is missing from {path}")
@@ -222,7 +223,10 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         raise ModelError(str(error)) from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: has no 'weight_map'")
-    return {str(name): str(shard) for name, shard in weight_map.items()}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ModelError(f"{index}: says that tensor '{name}' is in {shard!r:.80}, which is no name of a file")
+    return dict(weight_map)
 
 
 def _data_offsets(file: Path) -> dict[str, int]:
