@@ -162,7 +162,9 @@ def test_a_packed_file_that_unpacks_without_end_is_refused(
         read_file(path, "a")
 
 
-@pytest.mark.parametrize("operator", [{"density": 0.5}, {"name": None, "a": 1}, {"name": ["ties"], "a": 1}, {"name": 7}])
+@pytest.mark.parametrize(
+    "operator", [{"density": 0.5}, {"name": None, "a": 1}, {"name": ["ties"], "a": 1}, {"name": 7}]
+)
 def test_an_operator_without_a_name_of_its_own_is_explained(operator: dict[str, Any]) -> None:
     experts = {"one": {"path": "a/b"}, "two": {"path": "a/c"}}
     with pytest.raises(RecipeError, match="operator"):

@@ -118,7 +118,7 @@ def _allowed(section: Key, raw: dict[str, Any], root: type[BaseModel]) -> list[s
         for part in section:
             node = node[part]
         name = node.get("name")
-        known = isinstance(name, str) and name in OPERATORS  # mergekit_yaml and defaults name one that is not in the file
+        known = isinstance(name, str) and name in OPERATORS
         return [field.name for field in dataclasses.fields(OPERATORS[name])] if known else ["name"]
     if section[:2] == ("search", "parameters"):
         return list(Range.model_fields)
