@@ -237,10 +237,10 @@ class Arena:
         end = {"kind": "end", "search": 1, "why": "trials", "chosen": 0}
         journal = b"\n".join(_json(line) for line in (trial, trial | {"number": 1}, end))
         return [
-            Target("run record", of_json, self.read_record, headed(mutate_json), 5),
-            Target("run metrics", (self.records["metrics.jsonl"],), self.read_named("metrics.jsonl"), mutate_lines, 2),
-            Target("run recipe", (self.records["recipe.yaml"],), self.read_named("recipe.yaml"), mutate_yaml, 2),
-            Target("compare results", results, self.read_results, mutate_json, 4),
+            Target("run record", of_json, self.read_record, headed(mutate_json), 3),
+            Target("run metrics", (self.records["metrics.jsonl"],), self.read_named("metrics.jsonl"), mutate_lines, 1),
+            Target("run recipe", (self.records["recipe.yaml"],), self.read_named("recipe.yaml"), mutate_yaml, 1),
+            Target("compare results", results, self.read_results, mutate_json, 2),
             Target("tune journal", (journal,), self.read_journal, mutate_lines, 2),
         ]
 
