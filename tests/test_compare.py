@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,23 @@ def test_an_interrupted_cell_goes_on_and_ends_alike(
     result = compare(make(raw), tmp_path / "out", resume=True)
     assert result.results == done.results | {"name": "out"}
     assert {file: file.stat().st_mtime_ns for file in finished} == times
+
+
+def test_damaged_work_is_refused_by_name_and_redone_on_request(raw: Json, done: CompareResult, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(done.folder, folder, symlinks=True)
+    shared = sorted((folder / "updates").rglob("adapter_model.safetensors"))[0]
+    merged = sorted((folder / "trials").rglob("task_vector.safetensors"))[0]
+    trained, merged_bytes = shared.read_bytes(), merged.read_bytes()
+    shared.write_bytes(b"")
+    merged.unlink()
+    with pytest.raises(RunFolderError) as caught:
+        compare(make(raw), folder, resume=True)
+    for file, step in ((shared, "local update"), (merged, "trial")):
+        assert str(file.relative_to(folder)) in str(caught.value) and step in str(caught.value)
+    result = compare(make(raw), folder, repair=True)
+    assert result.results == done.results | {"name": "copy"}
+    assert (shared.read_bytes(), merged.read_bytes()) == (trained, merged_bytes)
 
 
 def test_a_changed_recipe_is_refused_by_name_and_extended_on_request(raw: Json, done: CompareResult) -> None:
