@@ -41,7 +41,9 @@ class CompareSpec(Section):
     """Everything a comparison depends on."""
 
     models: dict[Name, str] = Field(min_length=1, description="backbones: a name for the tables, and a model")
-    trust_remote_code: bool = Field(False, description="run Python code that came with the model; only where --trust-remote-code says so too")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that came with the model; only where --trust-remote-code says so too"
+    )
     tasks: dict[Name, TaskSpec] = Field(min_length=2, description="as in a recipe; the task sets choose among them")
     task_sets: dict[Name, TaskSet] = Field(default_factory=dict, description="the first is the main one; default: all")
     categories: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="tasks of a table's column")

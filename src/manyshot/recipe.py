@@ -97,7 +97,9 @@ class Recipe(Section):
     """Everything a run depends on."""
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
-    trust_remote_code: bool = Field(False, description="run Python code that came with the model; only where --trust-remote-code says so too")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that came with the model; only where --trust-remote-code says so too"
+    )
     tasks: dict[Annotated[str, Field(pattern=TASK_NAME, max_length=64)], TaskSpec] = Field(
         min_length=1, description="two tasks or more, each by its name"
     )
