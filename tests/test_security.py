@@ -156,8 +156,8 @@ def test_code_of_a_model_runs_only_where_recipe_and_flag_say_so(
 
 def test_a_prompt_template_evaluates_nothing() -> None:
     row = {"prompt": "a {completion}", "completion": "b"}
-    spec = TaskSpec(data="x", template="{prompt} {{ 7 * 7 }} {0} %s ${HOME}")
-    assert to_example(row, 0, spec, "here").prompt == "a {completion} {{ 7 * 7 }} {0} %s ${HOME}"
+    spec = TaskSpec(data="x", template="{prompt} {{ 7 * 7 }} {0} %s $HOME")
+    assert to_example(row, 0, spec, "here").prompt == "a {completion} {{ 7 * 7 }} {0} %s $HOME"
     with pytest.raises(DataError, match=r"no column 'prompt\.__class__'"):
         to_example(row, 0, TaskSpec(data="x", template="{prompt.__class__}"), "here")
 

@@ -24,6 +24,7 @@ LOOKS = re.compile(
     | \b(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}    # OpenAI and others
     | \bAKIA[0-9A-Z]{16}\b                 # Amazon
     | (?<=://)[^/\s@]+(?=@)                # https://user:password@host
+    | (?<=[a-z]:/)[^/\s@]+:[^/\s@]+(?=@)   # the same, once it has been a Path
     """,
     re.VERBOSE,
 )
