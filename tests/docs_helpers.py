@@ -90,7 +90,6 @@ def tiny_recipe(base: str, tasks: tuple[str, ...] = TASK_FILES) -> dict[str, Any
         "operator": {"name": "metis", "mask": False},
         "local_update": {"rank": 2, "alpha": 4, "batch_size": 2, "learning_rate": 0.01, "max_length": 32},
         "evaluation": {
-            "experts": False,
             "validation_examples": 2,
             "test_examples": 2,
             "max_new_tokens": 2,
