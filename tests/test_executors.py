@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,3 +93,29 @@ def test_process_executor_leaves_no_process_after_an_error(tmp_path: Path) -> No
         executor.map(fail_or_sleep, [tmp_path, tmp_path], Progress())
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "sleeping").read_text()), 0)
+
+
+# a file, so that its worker can import it; the worker's number is its first line, told before it sleeps
+PARENT = """
+import os, time
+def begin(threads): pass
+def sleep(job, progress):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    from manyshot.executors import ProcessExecutor
+    from manyshot.progress import Progress
+    with ProcessExecutor(1, begin) as executor:
+        executor.map(sleep, [0], Progress())
+"""
+
+
+def test_process_executor_leaves_no_worker_when_its_own_process_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        parent.stdout.read()  # ends when the worker, which has it too, has ended
+    mark = Path(f"/proc/{worker}/stat")
+    assert not mark.exists() or mark.read_text().rpartition(")")[2].split()[0] == "Z"  # ended, if not yet taken note of
