@@ -89,7 +89,7 @@ Frozen dataclasses: their fields are the settings. They are pure functions of te
 import torch
 from manyshot import Ties, merge_whole
 
-task_vectors_TP = torch.randn(4, 1000)          # T tasks × P coordinates
+task_vectors_TP = torch.randn(4, 1000)  # T tasks × P coordinates
 weights_T = torch.ones(4)
 merged_P = merge_whole(Ties(density=0.2), task_vectors_TP, weights_T)
 ```
