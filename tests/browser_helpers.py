@@ -50,18 +50,19 @@ class Seen:
 def until(page: Any, condition: str) -> None:
     """Wait until a condition holds in the page, through loading it again.
 
-    Playwright's own way is an eval, which the page's policy forbids.
+    Playwright's own way is an eval, which the page's policy forbids; a promise that is waited for may be lost when the
+    page goes away.
     """
-    waited = f"async () => {{ while (!({condition})) await new Promise((done) => setTimeout(done, 20)); }}"
     end = time.monotonic() + PATIENCE / 1000
     while True:
         try:
-            page.evaluate(waited)
-            return
+            if page.evaluate(f"Boolean({condition})"):
+                return
         except Exception as error:  # the page is being loaded again at this moment
             if not any(said in str(error) for said in ("Execution context was destroyed", "navigation")):
                 raise
-            assert time.monotonic() < end, f"never in the page: {condition}"
+        assert time.monotonic() < end, f"never in the page: {condition}"
+        page.wait_for_timeout(20)  # lets go of the page, and looks again
 
 
 def barriers(page: Any, *rules: str) -> list[str]:

