@@ -92,6 +92,7 @@ def test_lock_that_is_given_back_while_it_is_opened_is_asked_for_again(
 @pytest.mark.parametrize(
     ("mark", "refused"),
     [(process_mark(), True), ("elsewhere/12/99", True), (f"{socket.gethostname()}/999999999/5", False), ("", False)],
+    ids=["alive", "elsewhere", "dead", "empty"],
 )
 def test_lock_without_locks_of_the_file_system_goes_by_its_file(
     mark: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
