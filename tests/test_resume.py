@@ -218,8 +218,9 @@ def test_resume_after_sigkill_at_some_time_gives_the_unbroken_bytes(runs: Runs, 
 
 
 def test_resume_of_a_finished_run_trains_merges_and_scores_nothing(runs: Runs) -> None:
+    finished = runs.get(*WHOLE).folder
     folder = runs.new_folder()
-    shutil.copytree(runs.get(*WHOLE).folder, folder, symlinks=True)
+    shutil.copytree(finished, folder, symlinks=True)
     lines = len(read_lines(folder / "metrics.jsonl"))
     result = run(runs.recipe(*WHOLE), folder, resume=True)
     new = {line.get("phase") for line in read_lines(folder / "metrics.jsonl")[lines:]}
