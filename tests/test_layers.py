@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "determinism": {
         *{"disk", "executors", "inputs", "progress", "recipe", "rounds", "rundir", "seeding", "steps", "tensors"},
     },
-    "local_failure": {"disk", "errors", "local_update", "manifest", "progress", "rundir"},
+    "local_failure": {"disk", "errors", "local_update", "manifest", "progress", "rundir", "secret_text"},
     "steps_regression": {
         *{"errors", "guard_advice", "manifest", "models", "rundir", "status", "steps", "steps_merge"},
         *{"tensor_writer", "tensors"},

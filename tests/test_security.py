@@ -13,6 +13,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from typer.testing import CliRunner
 import manyshot
 from conftest import TASKS, write_base
 from fuzz_driver import WATCH
+from manyshot import local_failure
 from manyshot.__main__ import main
 from manyshot.base_model import find_base_model
 from manyshot.cli import app
 from manyshot.data_files import read_splits
-from manyshot.errors import DataError, ManyshotError, ModelError, PushError, RecipeError
+from manyshot.errors import DataError, ManyshotError, ModelError, PushError, RecipeError, TrainingError
 from manyshot.examples import to_example
 from manyshot.export_source import ExportSource, open_source
 from manyshot.match import open_experts
@@ -36,7 +38,7 @@ from manyshot.progress import Progress
 from manyshot.push import plan_upload
 from manyshot.recipe_file import load_recipe
 from manyshot.remote_code import CONSENT
-from manyshot.rundir import RunFolder, read_lines
+from manyshot.rundir import FAILURE, RunFolder, read_lines
 from manyshot.runner import run
 from manyshot.secret_text import find_secrets, redacted
 from manyshot.task_spec import TaskSpec
@@ -303,6 +305,20 @@ def test_messages_and_metrics_hold_no_secret(tmp_path: Path) -> None:
     progress.record("failed", error=f"no answer for {TOKEN}")
     assert heard == ["warning: wandb fails (https://***@host)"]
     assert read_lines(RunFolder(tmp_path).metrics)[0]["error"] == "no answer for ***"
+
+
+def test_the_traceback_of_a_failed_training_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(job: Any, progress: Progress) -> None:
+        raise OverflowError(f"no answer from https://me:{WORD}@host for {TOKEN}")
+
+    monkeypatch.setattr(local_failure, "finished_update", lambda job: None)
+    monkeypatch.setattr(local_failure, "run_local_update", fail)
+    job: Any = SimpleNamespace(folder=tmp_path, key="k", task=SimpleNamespace(name="a"), round_index=1)
+    with pytest.raises(TrainingError) as caught:
+        local_failure.try_local_update(local_failure.Attempt(job), Progress())
+    kept = (tmp_path / FAILURE).read_text("utf-8")
+    assert "OverflowError: no answer from https://***@host for ***" in kept
+    assert WORD not in kept + str(caught.value) and TOKEN not in kept + str(caught.value)
 
 
 def test_an_error_with_a_secret_is_printed_without_it(

@@ -20,6 +20,7 @@ from manyshot.local_update import LocalUpdateJob, finished_update, run_local_upd
 from manyshot.manifest import seal, unseal
 from manyshot.progress import Progress
 from manyshot.rundir import FAILURE, read_json, remove, write_json
+from manyshot.secret_text import redacted
 
 # errors that say nothing about the task
 NOT_THE_TASK = (*DISK_ERRORS, RunFolderError, RecipeError)
@@ -51,9 +52,9 @@ def try_local_update(attempt: Attempt, progress: Progress) -> dict[str, Any]:
     except NOT_THE_TASK:
         raise
     except Exception as error:
-        message = describe_failure(error, job)
+        message = redacted(describe_failure(error, job))
         record = {"key": job.key, "task": job.task.name, "round": job.round_index, "message": message}
-        told = [line for part in traceback.format_exception(error) for line in part.splitlines()]
+        told = redacted("".join(traceback.format_exception(error))).splitlines()
         write_json(file, record | {"skipped": attempt.skips, "traceback": told})
         if attempt.skips:
             seal(job.folder, "local update", [file])
