@@ -38,6 +38,7 @@ NOT_RUN = {
     r"manyshot eval .*--preset metis.*": "data sets of the Hub; tests/test_harness.py has local ones",
     r"manyshot eval .*--tasks .*": "data sets of the Hub; tests/test_harness.py has local ones",
     r"manyshot .* recipes/paper/.*": "models and data of the Hub; tests/test_paper_recipes.py has stand-ins for both",
+    r"manyshot run .*trackers\.names=.*": "a run like the others; tests/test_trackers.py has it with each tracker",
     r"manyshot extend .*": "goes on with a run that a page before has finished; tests/test_extend.py",
     r"manyshot compare '<project>/recipes/study/.*": "hours, and data that is not part of the project",
 }
@@ -52,6 +53,8 @@ NOT_RUN_ELSEWHERE = {
 # a page's command, and what is run in its place
 INSTEAD = {
     "manyshot init": "manyshot init elsewhere.yaml",  # recipe.yaml is there already, and is the tiny one
+    # the tiny run has two rounds
+    "manyshot run recipe.yaml protocol.rounds=4 --output runs/first": "manyshot plan recipe.yaml protocol.rounds=4",
     "manyshot compare grid.yaml --workers 2": "manyshot compare grid.yaml",  # two more processes load torch
     # the tiny model's matrices have no such ranks
     "manyshot export runs/first --format adapter --rank 64 -o exports/lora": (
