@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     (path / "round_000").mkdir(parents=True)
     recipe = {
-        "tasks": {"math": {}, "<b>safety</b>": {}},
+        "tasks": {"math": {}, "safety": {}},
         "protocol": {"rounds": 2},
         "operator": {"name": "metis"},
         "evaluation": {"experts": False, "post_hoc": False},
