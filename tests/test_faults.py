@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from conftest import TASKS
-from manyshot import local_failure, steps_regression
+from manyshot import local_failure, rounds, steps_regression
 from manyshot.errors import ManyshotError, MergeError, RecipeError, RunFolderError, TrainingError
 from manyshot.gap_weights import for_all_tasks
 from manyshot.operators import BUILT_IN
@@ -21,6 +22,7 @@ from manyshot.progress import Event
 from manyshot.rundir import read_json, remove
 from manyshot.runner import run
 from manyshot.status import run_status
+from manyshot.steps import measure
 from run_helpers import Runs, distance, load_tensors, phases, round_folder, unlike
 
 CHEAP = ("evaluation.validation_examples=3", "evaluation.test_examples=1", "local_update.warmup_steps=0")
@@ -211,8 +213,25 @@ def test_for_all_tasks_keeps_the_total_of_a_sum_and_the_rest_as_it_is(name: str)
 
 # ---- a merge that makes things worse ---------------------------------------------------------------------------------
 
-# a sum far beyond what any task asked for
-WORSE = "operator={name: task_arithmetic, scaling: [0.3, 30.0, 0.3]}"
+TWO = ("operator=mean", *CHEAP, "protocol.local_steps=2")
+THREE = ("operator=mean", *CHEAP, *THREE_ROUNDS)
+
+
+@pytest.fixture
+def worse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """worse(2): what round 2 merges is found to have a multi-task loss of 100."""
+
+    def install(bad: int) -> None:
+        for module, name in ((steps_regression, "proposed"), (rounds, f"round_{bad:03d}")):
+
+            def found(run: Any, state: Any, folder: Path, round_index: int, name: str = name) -> Any:
+                measured = measure(run, state, folder, round_index)
+                is_bad = (round_index, folder.name) == (bad, name) and not (folder / "rollback.json").exists()
+                return measured | ({"multi_task_loss": 100.0} if is_bad else {})
+
+            monkeypatch.setattr(module, "measure", found)
+
+    return install
 
 
 def losses(result: Any, r: int) -> float:
@@ -226,121 +245,98 @@ def test_regression_is_a_rise_by_more_than_the_tolerance() -> None:
     ]
 
 
-def test_regression_stops_the_run_with_what_to_do(runs: Runs) -> None:
-    folder = runs.new_folder()
-    with pytest.raises(MergeError, match=r"round 2: the merged model's multi-task loss is") as caught:
-        run(runs.recipe(*CHEAP, *THREE_ROUNDS, WORSE, "merge.on_regression=stop"), folder)
+def test_regression_stops_the_run_with_what_to_do(runs: Runs, worse: Callable[[int], None]) -> None:
+    folder, recipe = runs.new_folder(), runs.recipe(*TWO, "merge.on_regression=stop")
+    worse(2)
+    for resume in (False, True):  # it does not go away by itself
+        with pytest.raises(MergeError, match=r"round 2: the merged model's multi-task loss is 100\.0") as caught:
+            run(recipe, folder, resume=resume)
     message = str(caught.value)
-    assert "regression_tolerance allows 2.00% more" in message and "set operator.scaling=0.33 or" in message
+    assert f"regression_tolerance allows 2.00% more ({folder / 'round_002' / 'losses.json'}); set " in message
     assert f"--resume --output {folder} merge.on_regression=warn goes on with it" in message
-    with pytest.raises(MergeError, match=r"round 2: the merged"):  # it does not go away by itself
-        run(runs.recipe(*CHEAP, *THREE_ROUNDS, WORSE, "merge.on_regression=stop"), folder, resume=True)
-    result = run(runs.recipe(*CHEAP, *THREE_ROUNDS, WORSE), folder, resume=True)
-    assert unlike(runs.get(*CHEAP, *THREE_ROUNDS, WORSE).folder, result.folder) == ["recipe.yaml"]
+    assert not (folder / "round_002" / "DONE.json").exists()
+    run(runs.recipe(*TWO), folder, resume=True)
+    assert [name for name in unlike(runs.get(*TWO).folder, folder) if name.endswith(".safetensors")] == []
 
 
-def test_regression_is_taken_back(runs: Runs) -> None:
+def test_regression_is_taken_back(runs: Runs, worse: Callable[[int], None]) -> None:
     told: list[str] = []
     folder = runs.new_folder()
-    result = run(
-        runs.recipe(*CHEAP, *THREE_ROUNDS, WORSE, BACK), folder, listener=lambda event: told.append(event.text)
-    )
+    worse(2)
+    result = run(runs.recipe(*THREE, BACK), folder, listener=lambda event: told.append(event.text))
     first, second = round_folder(result, 1), round_folder(result, 2)
     name = "task_vector.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
     assert distance(load_tensors(first / "merged"), load_tensors(second / "merged")) == 0
     assert result.scores["rounds"]["2"]["losses"] == result.scores["rounds"]["1"]["losses"]
     record = read_json(second / "rollback.json")
-    assert record["rolled_back"] and record["multi_task_loss"]["merged"] > record["multi_task_loss"]["start"]
-    assert record["multi_task_loss"]["start"] == losses(result, 1) == losses(result, 2)
+    assert record["rolled_back"] and record["multi_task_loss"] == {"merged": 100.0, "start": losses(result, 1)}
+    assert losses(result, 2) == losses(result, 1) != losses(result, 3)
     assert read_json(second / "merge.json")["update_norm"] == 0 and read_json(second / "DONE.json")["rolled_back"]
     assert [one["kind"] for one in result.scores["rounds"]["2"]["guards"]] == ["rolled_back"]
     assert any("the merge was taken back" in text for text in told)
     assert "merge of round 2 made the losses worse" in (folder / "merged" / "README.md").read_text("utf-8")
     assert "taken back" in (folder / "report.md").read_text("utf-8")
     assert not list(folder.rglob("proposed"))
-    assert losses(result, 3) < losses(result, 2)  # the next round goes on from there
+    assert run_status(folder)["next"] is None
 
 
 def test_rollback_that_takes_nothing_back_changes_no_byte(runs: Runs) -> None:
-    plain = runs.get(*CHEAP)
-    folder = runs.new_folder()
-    run(runs.recipe(*CHEAP, BACK), folder)
-    other = [name for name in unlike(plain.folder, folder) if not name.endswith(("README.md", "manifest.json"))]
-    assert other == ["recipe.yaml"]
+    plain, other = runs.get(*TWO), runs.get(*TWO, BACK)
+    found = [name for name in unlike(plain.folder, other.folder) if not name.endswith(("README.md", "manifest.json"))]
+    assert found == ["recipe.yaml"]
 
 
-def test_rollback_of_the_first_round_leaves_the_pretrained_model(runs: Runs) -> None:
-    worse = "operator={name: task_arithmetic, scaling: [30.0, 0.3]}"
-    result = run(runs.recipe(*CHEAP, "protocol.local_steps=2", worse, BACK), runs.new_folder())
+def test_rollback_of_the_first_round_leaves_the_pretrained_model(runs: Runs, worse: Callable[[int], None]) -> None:
+    worse(1)
+    result = run(runs.recipe(*TWO, BACK), runs.new_folder())
     first = load_tensors(round_folder(result, 1) / "task_vector.safetensors")
     assert first and all(not tensor.any() for tensor in first.values())
     assert result.scores["rounds"]["1"]["losses"] == result.scores["pretrained"]["losses"]
-    assert losses(result, 2) < losses(result, 1)
+    assert losses(result, 2) != losses(result, 1)
 
 
 class Killed(BaseException):
     """A kill, as far as the code can see."""
 
 
-@pytest.fixture
-def at_each_rename(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[str]]]:
-    """at_each_rename(n): the n-th rename of a file does not happen any more; the names of those that did."""
-    replace_file = os.replace
-
-    def install(last: int | None) -> list[str]:
-        done: list[str] = []
-
-        def counted(source: Any, target: Any) -> None:
-            if last is not None and len(done) == last:
-                raise Killed
-            replace_file(source, target)
-            done.append(Path(target).name)
-
-        monkeypatch.setattr(os, "replace", counted)
-        return done
-
-    yield install
-    monkeypatch.undo()
-
-
-@pytest.mark.parametrize("worse", [True, False])
-def test_rollback_killed_at_any_rename_ends_with_the_unbroken_bytes(
-    runs: Runs, at_each_rename: Callable[[int | None], list[str]], worse: bool
+@pytest.mark.parametrize("rolls_back", [True, False])
+def test_rollback_killed_while_it_moves_files_ends_with_the_unbroken_bytes(
+    runs: Runs, worse: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, rolls_back: bool
 ) -> None:
-    scaling = "[0.3, 30.0]" if worse else "0.3"
-    recipe = runs.recipe(
-        *(*CHEAP, "protocol.local_steps=2", BACK),
-        *(f"operator={{name: task_arithmetic, scaling: {scaling}}}", "local_update.adapter_start=averaged"),
-    )
-    whole, begun, folder = (runs.new_folder().with_name(f"killed_{worse}_{part}") for part in ("whole", "begun", "x"))
-    names = at_each_rename(None)
-    run(recipe, whole)
-    # everything up to the local updates of round 2 is there
-    start = names.index("round_002") if "round_002" in names else _index_of_round(names)
-    at_each_rename(start)
-    with pytest.raises(Killed):
-        run(recipe, begun)
-    for count in range(0, len(names) - start, 2):
-        remove(folder)
-        shutil.copytree(begun, folder, symlinks=True)
-        at_each_rename(count)
-        try:
-            run(recipe, folder, resume=True)
-        except Killed:
-            at_each_rename(None)
-            run(recipe, folder, resume=True)
-        assert unlike(whole, folder) == [], count
-        assert phases(folder, "local_update") == phases(whole, "local_update")
+    recipe = runs.recipe(*TWO, BACK, "local_update.adapter_start=averaged")
+    if rolls_back:
+        worse(2)
+    replace_file = os.replace
+    whole = run(recipe, runs.new_folder()).folder
+    folder = runs.new_folder()
+    for after in (0, 1, 3):  # renames after the verdict
+        left: list[int] = []
+
+        def counting(source: Any, target: Any, left: list[int] = left, after: int = after) -> None:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            replace_file(source, target)
+            if Path(target).name == "verdict.json" and "round_002" in str(target):
+                left[:] = [after]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counting)
+            with pytest.raises(Killed):
+                run(recipe, folder, resume=True)
+        assert not (folder / "round_002" / "merge.json").exists()
+        run(recipe, folder, resume=True)
+        assert unlike(whole, folder) == [], after
+        # what was trained before the kill is not trained again
+        assert [one for one in phases(folder, "local_update") if one[0] == 2] == [(2, task) for task in TASKS]
+        remove(folder / "round_002")
+        for name in ("scores.json", "merged", "manifest.json", "metrics.jsonl"):
+            remove(folder / name)
 
 
-def _index_of_round(names: list[str]) -> int:
-    """Which rename is the first after the local updates of round 2: its loss gaps."""
-    return [i for i, name in enumerate(names) if name == "loss_gap.json"][1]
-
-
-FROM_START = (*CHEAP, *THREE_ROUNDS, BACK, "merge.reference=start")
-# of which a first step is η d or η (1 + μ) d = d, as that of the plain optimizer is
+# what a first step of these makes of d: d itself, as the plain optimizer does
 LIKE_PLAIN = {
     "sgd": ("merge.outer_momentum=0.5",),
     "nesterov": (
@@ -351,19 +347,19 @@ LIKE_PLAIN = {
 
 
 @pytest.mark.parametrize("name", LIKE_PLAIN)
-def test_rollback_starts_momentum_anew(runs: Runs, name: str) -> None:
-    plain, other = (runs.get(*FROM_START, WORSE, *more) for more in ((), LIKE_PLAIN[name]))
-    assert all("rolled_back" in result.scores["rounds"]["2"] for result in (plain, other))
+def test_rollback_starts_momentum_anew(runs: Runs, worse: Callable[[int], None], name: str) -> None:
+    worse(2)
+    plain, other = (runs.get(*THREE, BACK, "merge.reference=start", *more) for more in ((), LIKE_PLAIN[name]))
     assert not (round_folder(other, 2) / "outer_state.safetensors").exists()
     vectors = [load_tensors(round_folder(result, 3) / "task_vector.safetensors") for result in (plain, other)]
     assert distance(*vectors) < 1e-6
 
 
-def test_rollback_starts_adam_anew(runs: Runs) -> None:
+def test_rollback_starts_adam_anew(runs: Runs, worse: Callable[[int], None]) -> None:
     """Its first step is η d/(|d| + ε): every entry moves by η."""
-    steps = ("merge.outer_optimizer=adam", "merge.outer_step_size=[0.001, 10.0, 0.001]", "merge.outer_epsilon=1.0e-12")
-    result = runs.get(*FROM_START, "operator=mean", *steps)
-    assert "rolled_back" in result.scores["rounds"]["2"]
+    worse(2)
+    steps = ("merge.outer_optimizer=adam", "merge.outer_step_size=0.001", "merge.outer_epsilon=1.0e-12")
+    result = runs.get(*THREE, BACK, "merge.reference=start", *steps)
     before, after = (load_tensors(round_folder(result, r) / "task_vector.safetensors") for r in (2, 3))
     sizes = torch.cat([(after[name] - before[name]).abs().flatten() for name in after])
     assert float(sizes[sizes > 0].median()) == pytest.approx(0.001, rel=1e-3)
@@ -378,15 +374,84 @@ def test_rollback_starts_adam_anew(runs: Runs) -> None:
     ],
     ids=str,
 )
-def test_rollback_takes_back_where_adapters_and_optimizers_go_on_from(runs: Runs, overrides: tuple[str, ...]) -> None:
-    scaling = "[0.3, 30.0, 0.3]"
-    worse = f"operator={{name: task_arithmetic, scaling: {scaling}}}"
-    result = run(runs.recipe(*CHEAP, *THREE_ROUNDS, worse, BACK, *overrides), runs.new_folder())
-    assert "rolled_back" in result.scores["rounds"]["2"] and "rolled_back" not in result.scores["rounds"]["3"]
+def test_rollback_takes_back_where_adapters_and_optimizers_go_on_from(
+    runs: Runs, worse: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    worse(2)
+    began: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def note(job: Any, progress: Any) -> Any:
+        began[job.round_index, job.task.name] = (job.start.start_adapter, job.optimizer_state)
+        return run_local_update(job, progress)
+
+    monkeypatch.setattr(local_failure, "run_local_update", note)
+    result = run(runs.recipe(*THREE, BACK, *overrides), runs.new_folder())
+    first = round_folder(result, 1)
     if "own" in overrides[0]:
+        assert began[3, "words"] == (first / "words" / "adapter", first / "words" / "optimizer.safetensors")
         return
-    first, second = (round_folder(result, r) / "carried_adapter" / "adapter_model.safetensors" for r in (1, 2))
-    assert first.read_bytes() == second.read_bytes()
+    adapter, optimizer = began[3, "words"]
+    stored = "adapter_model.safetensors"
+    assert (adapter / stored).read_bytes() == (first / "carried_adapter" / stored).read_bytes()
+    assert optimizer == (first / "words" / "optimizer.safetensors" if len(overrides) > 1 else None)
+
+
+# ---- what vanishes ---------------------------------------------------------------------------------------------------
+
+
+def test_file_that_vanishes_in_the_middle_is_named_with_what_to_do(runs: Runs) -> None:
+    folder = runs.new_folder()
+
+    def vanish(event: Event) -> None:
+        if (event.kind, event.phase) == ("phase", "merge"):
+            return
+        adapter = folder / "round_001" / "letters" / "adapter" / "adapter_model.safetensors"
+        if event.phase == "local_update" and event.task == "words" and adapter.exists():
+            adapter.unlink()
+
+    with pytest.raises(ManyshotError, match=r"round_001/letters/adapter") as caught:
+        run(runs.recipe(*CHEAP, "protocol.rounds=1"), folder, listener=vanish)
+    assert caught.value.exit_code == 2
+
+
+# ---- a disk of its own -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A small file system in memory, and what sets its options; only who may mount one has it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True, capture_output=True)
+
+    try:
+        mount("size=40k")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("nobody may mount a file system here")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))  # else refused at the start
+    yield place, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", place], check=True)
+
+
+def test_disk_that_is_really_full_or_read_only_ends_a_run_that_goes_on_later(
+    runs: Runs, disk: tuple[Path, Callable[[str], None]]
+) -> None:
+    place, remount = disk
+    folder, recipe = place / "run", runs.recipe(*TWO)
+    for size in ("40k", "160k"):
+        remount(f"size={size}")
+        with pytest.raises(RunFolderError, match=rf"{place}.*[Nn]o space left") as caught:
+            run(recipe, folder, resume=True)
+        assert "--resume goes on" in str(caught.value) and not list(folder.rglob("*.partial"))
+    remount("size=8m,ro")
+    with pytest.raises(RunFolderError, match=rf"{place}.*Read-only file system"):
+        run(recipe, folder, resume=True)
+    remount("size=8m,rw")
+    run(recipe, folder, resume=True)
+    assert unlike(runs.get(*TWO).folder, folder) == []
 
 
 # ---- what the recipe may say -----------------------------------------------------------------------------------------
