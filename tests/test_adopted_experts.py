@@ -173,7 +173,7 @@ def test_adopted_experts_run_resumes_to_the_same_bytes(
     shutil.copytree(result.folder, folder, symlinks=True)
     for name in ("scores.json", "merged", *lost):
         remove(folder / name)
-    run(adopting(runs, experts, "evaluation.post_hoc=true"), folder, resume=True)
+    run(adopting(runs, experts, "evaluation.post_hoc=true"), folder, resume=True, repair=True)
     assert unlike(result.folder, folder) == []
 
 
@@ -192,7 +192,7 @@ def test_adopted_expert_of_other_content_is_refused_on_resume(
     write_tensors(weights_file, tensors)
     before = (folder / "round_001" / "loss_gap.json").read_bytes()
     with pytest.raises(RunFolderError, match=r"tasks.numbers.expert: the content of .* changed since the run began"):
-        run(adopting(runs, copies, *overrides), folder, resume=True)
+        run(adopting(runs, copies, *overrides), folder, resume=True, repair=True)
     assert (folder / "round_001" / "loss_gap.json").read_bytes() == before
 
 

@@ -409,7 +409,9 @@ def test_disk_too_small_for_the_rounds_left_is_all_that_counts(runs: Runs, monke
     assert result.scores == runs.get(*ONE_STEP).scores  # nothing is left to write but what small files hold
 
 
-def full_pwrite(file: int, data: bytes, offset: int) -> int:
+def full_pwrite(file: int, data: bytes, offset: int, write: Any = os.pwrite) -> int:
+    if bytes(data[:1]) == b"{":  # who holds the lock
+        return int(write(file, data, offset))
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
