@@ -267,7 +267,19 @@ def test_guards_find_an_update_that_vanishes() -> None:
     assert found.suggestions == ("operator.scaling=0.25",)
 
 
-def test_guards_know_no_norms_in_the_space_of_factors() -> None:
+def test_guards_ask_for_the_norms_of_weights_in_the_space_of_factors() -> None:
+    recipe, history = make_recipe("merge.space=factors"), []
+    for r, update in enumerate((4.0, 8.0, 16.0), start=1):
+        merge = {"update_norm": 1.0, "merged_norm": 1.0, "drift": dict.fromkeys(FOUR, 2.0), "kept_share": 0.8}
+        merge["in_weights"] = {"update_norm": update, "merged_norm": update}
+        gaps = {"start_losses": as_losses(PRETRAINED), "weights": UNIFORM}
+        losses = as_losses(times(PRETRAINED, 0.9))
+        history.append(RoundRecord.from_json(r, gaps, merge, losses, space="factors"))
+    assert kinds(history, recipe) == [[], ["divergence"], ["divergence"]]
+    assert measures(history, "pretrained")["mean_cosine"] is None
+
+
+def test_guards_know_no_norms_in_the_space_of_factors_of_older_runs() -> None:
     now = make_round(1, PRETRAINED, PRETRAINED, update=0.001, space="factors")
     assert examine([now], make_recipe("merge.space=factors")) == []
     assert measures([now], "pretrained")["update_norm"] is None

@@ -355,6 +355,8 @@ GROWING = ("operator=task_arithmetic", "operator.scaling=0.5")
         (("operator=metis",), None),
         ((*GROWING, "merge.reference=start"), None),
         ((*GROWING, "protocol.rounds=1"), None),
+        ((*GROWING, "merge.space=factors"), "1.5"),
+        (("operator=metis", "merge.space=factors"), None),
     ],
 )
 def test_knobs_growth_of_what_rounds_share_is_warned_of_with_its_factor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,19 +27,29 @@ def write_adapter(output: Path, like: Path, tensors: dict[str, torch.Tensor]) ->
         write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors)
 
 
-def expand_adapter(pretrained: Checkpoint, adapter: Path, output: Path) -> None:
-    """Write s·B·A of an adapter as a dense task vector, float32."""
+def expand_adapter(
+    pretrained: Checkpoint, adapter: Path, output: Path, start: StoredTaskVector | None = None
+) -> dict[str, float]:
+    """Write s·B·A of an adapter as a dense task vector, float32; returns its norm, and that of its part beyond `start`.
+
+    Raises MergeError for a product that is not finite.
+    """
     import torch
 
     factors = AdapterFactors(adapter)
     check_updates(pretrained, ["merged"], [AdapterUpdate(factors)])
     infos = {name: TensorInfo(factors.shape(name), "F32") for name in factors.names}
+    merged = updated = 0.0
     with atomic_file(output) as stream, SafetensorsWriter(stream, infos) as writer:
         for name, info in infos.items():
             dense = factors.rows(name, 0, info.shape[0])
             if not torch.isfinite(dense).all():
                 raise MergeError(f"tensor '{name}': the merged task vector holds NaN or Inf; an expert diverged")
             writer.write(name, dense)
+            merged += float(dense.double().square().sum())
+            update = dense - start.read(name).float() if start is not None and name in start else dense
+            updated += float(update.double().square().sum())
+    return {"merged_norm": math.sqrt(merged), "update_norm": math.sqrt(updated)}
 
 
 def average_adapters(adapters: Sequence[Path], weights: Sequence[float], output: Path, *, frozen: bool = False) -> None:

@@ -210,5 +210,6 @@ def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
     experts *= 3 if recipe.local_update.optimizer_state == "kept" else 1  # with two moments each
     outer = len(MEMORIES[recipe.merge.outer_optimizer]) * dense
     searched = 2 * dense if recipe.method.searches_scaling and num_left else 0  # during one merge
+    searched += dense if recipe.merge.on_regression == "rollback" and num_left else 0
     needed = num_left * (merged + dense + experts + outer) + searched
     require_space(folder.path, needed, f"what {num_left} rounds will write")

@@ -364,8 +364,9 @@ def operator_warnings(recipe: Recipe) -> list[str]:
     weighs = method.uses_loss_gaps and getattr(method, "gap", "absolute") != "none"
     if recipe.protocol.allocation == "gap" and recipe.protocol.rounds > 1 and not weighs:
         found.append(f"protocol.allocation: {method.name} takes no weights from loss gaps, so the steps stay even")
-    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start" or recipe.merge.space == "factors":
+    if recipe.protocol.rounds == 1 or recipe.merge.reference == "start":
         return found
+    factors = recipe.merge.space == "factors"
     for key, made in operators.items():
         growth = made.growth(num_tasks)
         if growth > 1 + 1e-9:
@@ -374,5 +375,9 @@ def operator_warnings(recipe: Recipe) -> list[str]:
                 f"{key}.scaling: every task vector of a round holds all that earlier rounds changed, and {made.name} "
                 f"multiplies that by {product} = {growth:.2g} > 1 in every round, so the model diverges; use a scaling "
                 f"of at most {most:.3g}, or merge.reference: start"
+                if not factors
+                else f"{key}.scaling: the adapters of a round hold all that earlier rounds merged, in A and in B, and "
+                f"{made.name} multiplies both by {product} = {growth:.2g} > 1 in every round, their product by "
+                f"{growth**2:.2g}, so the model diverges; use a scaling of at most {most:.3g}, or merge.space: weights"
             )
     return found

@@ -22,8 +22,8 @@ class RoundRecord:
     """One round (0: the post-hoc merge), from loss_gap.json, and from merge.json and losses.json where they are there.
 
     `drift` is ‖u_τ‖ = ‖θ_τ − Θʳ⁻¹‖, `products` the inner products v_τ·v_σ of the task vectors that were merged. Norms
-    are None, and both are empty, where nothing has been merged yet, and in the space of factors, whose norms are not
-    those of weights.
+    are None, and both are empty, where nothing has been merged yet. In the space of factors the products are not those
+    of weights and left out, and so are norms in the records of older versions.
     """
 
     round_index: int
@@ -53,6 +53,8 @@ class RoundRecord:
         """The record from what the round's files say."""
         merge = merge or {}
         in_weights = merge if space == "weights" else {}
+        norms = in_weights or merge.get("in_weights", {})
+        drift = merge.get("drift", {}) if norms else {}
         return cls(
             round_index,
             start_losses=_only_losses(loss_gap["start_losses"]),
@@ -60,10 +62,10 @@ class RoundRecord:
             expert_losses=_only_losses(loss_gap.get("expert_losses", {})),
             merged_losses=_only_losses(losses or {}),
             kept_share=merge.get("kept_share"),
-            update_norm=in_weights.get("update_norm"),
-            merged_norm=in_weights.get("merged_norm"),
+            update_norm=norms.get("update_norm"),
+            merged_norm=norms.get("merged_norm"),
             # those of fully trained experts are not known where the merge was relative to the pretrained model
-            drift={} if None in in_weights.get("drift", {}).values() else in_weights.get("drift", {}),
+            drift={} if None in drift.values() else drift,
             products=_products(in_weights),
             skipped=loss_gap.get("skipped", {}),
             rejected_losses=merge.get("rolled_back", {}).get("losses", {}),

@@ -178,13 +178,16 @@ def _merge(
     if run.recipe.merge.space == "factors":
         adapters = [_adapter(expert) for expert in experts]
         report = merge_factors(sources[2], adapters, plan, in_order, folder / "carried_adapter", seed_parts=seed_parts)
-        expand_adapter(sources[0], folder / "carried_adapter", output)
+        in_weights = expand_adapter(sources[0], folder / "carried_adapter", output, sources[1])
     else:
         reference = run.recipe.merge.reference
         report = merge_weights(
             *sources, plan, in_order, output, reference=reference, outer=outer, seed_parts=seed_parts
         )
+        in_weights = {}
     found = report.to_json() | {"digest": file_digest(output), "weights": weights}
+    if in_weights:  # the report's own norms are those of A and B
+        found["in_weights"] = in_weights
     if outer.leaves is not None:
         found["outer_state_digest"] = file_digest(outer.leaves)
     from_start = start.task_vector is None or run.recipe.merge.reference == "start"

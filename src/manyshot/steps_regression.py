@@ -102,16 +102,12 @@ def _roll_back(run: Run, folder: Path, round_index: int, start: ModelState, verd
     numbers = {key: rejected[key] for key in ("kept_share", "update_norm", "merged_norm") if key in rejected}
     write_json(folder / ROLLBACK, verdict | {"round": round_index, "losses": losses, "merge": numbers})
     record = {key: value for key, value in rejected.items() if key != "outer_state_digest"}
-    record |= {"kept_share": 0.0, "update_norm": 0.0, "merged_norm": _norm_before(run, round_index)}
+    before = read_json(earlier / "merge.json") if round_index > 1 else {}
+    unmoved = {"merged_norm": 0.0, "update_norm": 0.0}
+    record |= {"kept_share": 0.0} | unmoved | {"merged_norm": before.get("merged_norm", 0.0)}
+    if "in_weights" in rejected:
+        record["in_weights"] = before.get("in_weights", {}) | {"update_norm": 0.0} if before else unmoved
     write_json(folder / "merge.json", record | {"digest": file_digest(output), "rolled_back": {"losses": losses}})
-
-
-def _norm_before(run: Run, round_index: int) -> float:
-    """‖Θʳ⁻¹ − Θ⁰‖, as the round before recorded it."""
-    if round_index == 1:
-        return 0.0
-    norm: float = read_json(run.folder.round(round_index - 1) / "merge.json")["merged_norm"]
-    return norm
 
 
 def _copy(source: Path, target: Path) -> None:
