@@ -13,7 +13,7 @@ from manyshot.match import open_experts, tied_duplicates
 from manyshot.misshapen import misshapen
 from manyshot.reading import Reference, TaskVectorReader, check_updates
 from manyshot.rundir import RunFolder, read_json
-from manyshot.status import read_outline
+from manyshot.status import task_names
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint
 from manyshot.yaml_text import read_yaml
@@ -72,7 +72,6 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     folder without a run and a round without experts, naming both.
     """
     folder = RunFolder(path)
-    read_outline(folder)  # refuses names of tasks that are paths
     tasks, merged_reference = _read_recipe(folder)
     chosen = _last_round(folder) if round_index is None else round_index
     where = f"{path}, round {chosen}"
@@ -111,9 +110,9 @@ def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference]:
         raise RunFolderError(f"{folder.path}: not a run folder (no recipe.yaml); to inspect models give --base")
     try:
         recipe = read_yaml(folder.recipe.read_text("utf-8"))
-        tasks = [str(task) for task in recipe["tasks"]]
+        tasks = task_names(recipe["tasks"])
         reference = (recipe.get("merge") or {}).get("reference", "pretrained")
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise RunFolderError(f"{folder.recipe}: damaged ({type(error).__name__}: {error})") from None
     return tasks, "start" if reference == "start" else "pretrained"
 

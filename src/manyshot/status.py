@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,16 @@ class Outline:
     evaluation: dict[str, Any]
 
 
+def task_names(found: Iterable[object]) -> list[str]:
+    """Names of tasks, which are names of folders. Raises ValueError for one that is no such name."""
+    names = []
+    for name in found:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a task")
+        names.append(name)
+    return names
+
+
 def read_outline(folder: RunFolder) -> Outline:
     """The outline of the run in a folder. Raises RunFolderError where it holds none, or a damaged recipe."""
     if not folder.recipe.exists():
@@ -50,9 +61,7 @@ def read_outline(folder: RunFolder) -> Outline:
     try:
         recipe = read_yaml(folder.recipe.read_text("utf-8"))
         evaluation = {"experts": True, "post_hoc": False} | recipe["evaluation"]
-        tasks, rounds = list(recipe["tasks"]), int(recipe["protocol"]["rounds"])
-        if wrong := [name for name in tasks if not (isinstance(name, str) and NAME.fullmatch(name))]:
-            raise ValueError(f"{wrong[0]!r} is no name of a task")
+        tasks, rounds = task_names(recipe["tasks"]), int(recipe["protocol"]["rounds"])
         if not 0 < rounds * max(len(tasks), 1) <= MAX_STEPS:
             raise ValueError(f"{rounds} rounds of {len(tasks)} tasks")
         return Outline(tasks, rounds, str(recipe["operator"]["name"]), evaluation)
