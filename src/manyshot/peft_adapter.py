@@ -127,8 +127,10 @@ def _is_pattern(text: str) -> bool:
 
 def _check_number(value: object, where: str) -> None:
     """It is a finite number."""
+    if value is None:
+        raise ModelError(f"{where} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_ALPHA:
-        raise ModelError(f"{where} must be a number, found {value!r}")
+        raise ModelError(f"{where} must be a number of at most {MAX_ALPHA:g}, found {value!r}")
 
 
 def _base_name(name: str, base: Checkpoint, where: str) -> str:
