@@ -47,7 +47,7 @@ NOT_RUN_ELSEWHERE = {
     r"make [\w-]+( [A-Z]+=\w+)*": "installs and tests the project; the target is in the Makefile",
     r"pip install .*": "the extra is in pyproject.toml, a version that is named in constraints.txt",
     r"python tests/crash_harness\.py .*": "minutes; tests/test_crash.py kills a few",
-    r"python tests/fuzz_driver\.py .*": "replays an input that a long search has found; tests/test_fuzz.py searches briefly",
+    r"python tests/fuzz_driver\.py .*": "an input that a long search has found; tests/test_fuzz.py searches briefly",
     r"tensorboard --logdir .*": "runs until it is stopped",
     r"cd .*": "where the reader's own data are",
 }
