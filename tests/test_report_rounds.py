@@ -86,6 +86,7 @@ def test_outer_steps_and_settings_of_a_recipe_are_shown(tmp_path: Path) -> None:
         assert "outer_optimizer nesterov" in text
         assert "optimizer_state kept" in text
         assert "allocation gap" in text
+        assert "rounds 2, local_steps 20" in text and "metis, temperature 2.0" in text
 
 
 def test_outer_steps_of_merges_from_the_pretrained_model_are_none() -> None:
@@ -95,8 +96,12 @@ def test_outer_steps_of_merges_from_the_pretrained_model_are_none() -> None:
 
 
 def test_settings_leave_out_what_is_off() -> None:
-    recipe = {"operator": {"name": "ties", "density": 0.2, "mask": False, "x": None}, "merge": "?", "protocol": 3}
-    assert settings_of(recipe) == {"operator": "ties, density 0.2, mask false", "merge": "?"}
+    recipe = {
+        "operator": {"name": "ties", "density": [0.2, 0.1], "mask": False, "x": None},
+        "merge": "?",
+        "protocol": 3,
+    }
+    assert settings_of(recipe) == {"operator": "ties, density 0.2 0.1, mask false", "merge": "?"}
 
 
 def test_tasks_left_out_and_merges_taken_back_are_told(tmp_path: Path) -> None:

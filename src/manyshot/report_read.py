@@ -279,7 +279,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     for section in ("protocol", "operator", "merge", "local_update"):
         value = recipe.get(section)
         pairs = [
-            f"{key} {str(one).lower() if isinstance(one, bool) else one}"
+            f"{key} {_setting(one)}"
             for key, one in mapping(value).items()
             if one not in (None, "", [], {}) and key != "name" and not isinstance(one, dict)
         ]
@@ -287,6 +287,13 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, str]:
         if text := ", ".join([*([str(name)] if name else []), *pairs]):
             found[section.replace("_", " ")] = text
     return found
+
+
+def _setting(value: object) -> str:
+    """A setting as it stands in a recipe; of several values, one after the other."""
+    if isinstance(value, list):
+        return " ".join(map(_setting, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_cosines(merge: Mapping[str, Any]) -> dict[str, Numbers]:

@@ -276,7 +276,7 @@ const charts = {
       option: {
         grid: { left: side, right: 56, top: 8, bottom: 56 },
         tooltip: tooltip(theme, { trigger: "axis", axisPointer: { type: "shadow" }, formatter: (found) => overAxis(found, { axis: "", digits: 1 }) }),
-        xAxis: valueAxis(theme, data.axis, { scale: false, nameGap: 28 }),
+        xAxis: valueAxis(theme, data.axis, { scale: false, nameGap: 28, splitNumber: width < 480 ? 3 : 5 }),
         yAxis: categoryAxis(theme, data.rows, "", { inverse: true, axisLabel: { color: theme.text, fontSize: 12 } }),
         series: series.map((one) => ({
           type: "bar",
