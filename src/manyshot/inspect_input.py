@@ -81,6 +81,9 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     start, carried = before / "task_vector.safetensors", before / "carried_adapter"
     if chosen > 1 and not start.is_file():
         raise RunFolderError(f"{where}: round {chosen - 1} is not finished ({start} is missing)")
+    gaps = folder.round(chosen) / "loss_gap.json"
+    left_out = read_json(gaps).get("skipped", {}) if gaps.exists() else {}  # their local update failed
+    tasks = [task for task in tasks if task not in left_out]
     models = {task: _expert_path(folder, chosen, task) for task in tasks}
     pretrained = _pretrained(folder)
     updates: list[Update] = []
