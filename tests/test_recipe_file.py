@@ -206,7 +206,7 @@ def test_load_recipe_names_an_unknown_key_with_file_line_and_suggestion(folder: 
     text = GOOD + "protocol:\n  rounds: 2\n  local_stepz: 10\n"
     assert problems(folder, text) == [
         "recipe.yaml:9: protocol.local_stepz: unknown key; did you mean 'local_steps'? there are: allocation, "
-        "local_steps, rounds"
+        "local_steps, on_failure, rounds"
     ]
 
 
