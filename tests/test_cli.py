@@ -89,7 +89,7 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_lists_its_options(command: str) -> None:
     expected = {
-        "run": {"--output", "--resume", "--force", "--repair", "--quiet", "--json"},
+        "run": {"--output", "--resume", "--force", "--repair", "--verify-determinism", "--quiet", "--json"},
         "demo": {"--output", "--resume", "--force", "--repair", "--quiet", "--json"},
         "extend": {"--rounds", "--steps", "--quiet", "--json"},
         "compare": {
@@ -128,7 +128,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert callback is not None
     assert shown.exit_code == 0
-    found = {word.strip(",.") for word in shown.output.split() if word.startswith("--")} - {"--help"}
+    found = {word.strip(",.;") for word in shown.output.split() if word.startswith("--")} - {"--help"}
     assert expected <= found
     assert found - expected <= {"--output", "--resume", "--force"}
 
