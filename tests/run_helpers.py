@@ -148,7 +148,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def unlike(left: Path, right: Path) -> list[str]:
-    """Names of the files in which two run folders differ."""
+def unlike(left: Path, right: Path, *, manifests: bool = True) -> list[str]:
+    """Names of the files in which two run folders differ; the manifests beside such files differ with them."""
     ours, theirs = contents(left), contents(right)
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    found = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return [name for name in found if manifests or Path(name).name != "manifest.json"]

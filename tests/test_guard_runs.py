@@ -122,6 +122,7 @@ def test_guards_find_the_same_after_a_resume_and_tell_it_once(four: Runs) -> Non
         four.recipe(*DIVERGES),
         folder,
         resume=True,
+        repair=True,
         listener=lambda event: told.append(event.text) if "suggestions" in event.values else None,
     )
     assert unlike(whole.folder, folder) == []

@@ -106,7 +106,7 @@ def resume_bytes(runs: Runs, overrides: tuple[str, ...], *lost: str) -> list[str
     shutil.copytree(whole.folder, folder, symlinks=True)
     for name in ("scores.json", "merged", *lost):
         remove(folder / name)
-    run(runs.recipe(*overrides), folder, resume=True)
+    run(runs.recipe(*overrides), folder, resume=True, repair=True)
     return unlike(whole.folder, folder)
 
 
@@ -327,7 +327,7 @@ def test_knobs_outer_step_of_one_without_momentum_is_the_plain_form(runs: Runs) 
     same = runs.get(
         "operator=mean", "merge.reference=start", "merge.outer_step_size=[1.0, 1]", "merge.outer_momentum=0"
     )
-    assert unlike(plain.folder, same.folder) == [
+    assert unlike(plain.folder, same.folder, manifests=False) == [
         "recipe.yaml",
         "round_001/merged/README.md",
         "round_002/merged/README.md",

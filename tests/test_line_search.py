@@ -273,7 +273,7 @@ def test_search_in_a_run_ends_with_the_bytes_of_the_scaling_set_by_hand(runs: Ru
         assert not (folder / "line_search").exists()
     hand = runs.get(*SEARCHED[:2], f"operator.scaling={[record['scaling'] for record in records]}", *SEARCHED[3:])
     merged = [f"round_00{r}/{name}" for r in (1, 2) for name in ("merge.json", "merged/README.md")]
-    assert unlike(result.folder, hand.folder) == ["recipe.yaml", *merged]
+    assert unlike(result.folder, hand.folder, manifests=False) == ["recipe.yaml", *merged]
     told = [line for line in read_lines(result.folder / "metrics.jsonl") if line["kind"] == "line_search"]
     assert [(line["round"], line["scaling"]) for line in told] == [(r, records[r - 1]["scaling"]) for r in (1, 2)]
 

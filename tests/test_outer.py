@@ -261,5 +261,5 @@ def test_outer_run_steps_resumes_and_says_what_it_left(runs: Runs, optimizer: st
     run(runs.recipe(*RUNS[optimizer]), folder)
     for name in ("scores.json", "merged", "round_003", *(f"round_002/{n}" for n in ("merge.json", STATE_NAME))):
         remove(folder / name)
-    run(runs.recipe(*RUNS[optimizer]), folder, resume=True)
+    run(runs.recipe(*RUNS[optimizer]), folder, resume=True, repair=True)
     assert unlike(result.folder, folder) == []
