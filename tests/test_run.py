@@ -57,7 +57,9 @@ def test_run_leaves_exactly_the_files_of_the_run_folder(runs: Runs) -> None:
         expected |= {f"round_00{r}/{task}/{name}" for r in (1, 2) for name in update}
     expected |= {f"round_00{r}/{name}" for r in (1, 2) for name in (*measured, *merge, "DONE.json", "merged/README.md")}
     expected |= {f"round_00{r}/merged/{name}" for r in (1, 2) for name in base}
-    assert set(contents(result.folder)) == expected
+    steps = [*(f"experts/{task}" for task in TASKS), *(f"round_00{r}/{task}" for r in (1, 2) for task in TASKS)]
+    expected |= {f"{folder}/manifest.json" for folder in ("round_000", "post_hoc", "round_001", "round_002", *steps)}
+    assert set(contents(result.folder)) == expected | {"manifest.json"}
     assert (result.folder / "metrics.jsonl").is_file()
     assert (result.folder / "merged").readlink() == Path("round_002/merged")
     assert result.merged.resolve() == result.folder / "round_002" / "merged"
