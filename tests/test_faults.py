@@ -218,8 +218,9 @@ THREE = ("operator=mean", *CHEAP, *THREE_ROUNDS)
 
 
 @pytest.fixture
-def worse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def worse(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """worse(2): what round 2 merges is found to have a multi-task loss of 100."""
+    runs.get(*TWO)  # other tests share it, so it is made while nothing is found worse
 
     def install(bad: int) -> None:
         for module, name in ((steps_regression, "proposed"), (rounds, f"round_{bad:03d}")):
