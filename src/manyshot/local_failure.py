@@ -56,10 +56,9 @@ def try_local_update(attempt: Attempt, progress: Progress) -> dict[str, Any]:
         record = {"key": job.key, "task": job.task.name, "round": job.round_index, "message": message}
         told = redacted("".join(traceback.format_exception(error))).splitlines()
         write_json(file, record | {"skipped": attempt.skips, "traceback": told})
-        if attempt.skips:
-            seal(job.folder, "local update", [file])
         if not attempt.skips:
             raise TrainingError(f"{message}; {file} has the traceback") from error
+        seal(job.folder, "local update", [file])
     # the error, and with it every frame that held the model, is gone: make room for the next task
     gc.collect()
     if torch.cuda.is_available():

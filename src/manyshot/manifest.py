@@ -63,15 +63,14 @@ def seal(folder: Path, step: str, files: Iterable[Path], known: Mapping[str, str
         name = file.relative_to(folder).as_posix()
         digest = (known or {}).get(name) or file_digest(file)
         found[name] = {"step": step, "bytes": file.stat().st_size, "sha256": digest}
-    kept = manifest.pop("expected", {})
-    expected = {name: entry for name, entry in kept.items() if entry["step"] == step}
+    expected, rest = _of_step(manifest.pop("expected", {}), step)
     if unlike := sorted(name for name, entry in expected.items() if found.get(name) != entry):
         raise RunFolderError(
             f"{folder / unlike[0]}: was redone ({step}) and is not what it was: this machine or its libraries compute "
             "other bits. Put it back from a copy; or remove the manifest.json of its folder and of those around it, to "
             "go on with what it is now beside all that came of what it was"
         )
-    if rest := {name: entry for name, entry in kept.items() if entry["step"] != step}:
+    if rest:
         manifest["expected"] = rest
     write_json(folder / MANIFEST, manifest | {"files": manifest["files"] | found})
 
@@ -79,9 +78,15 @@ def seal(folder: Path, step: str, files: Iterable[Path], known: Mapping[str, str
 def unseal(folder: Path, step: str) -> None:
     """Forget what a step left, as it will leave something else now."""
     manifest = read_manifest(folder)
-    kept = {name: entry for name, entry in manifest["files"].items() if entry["step"] != step}
-    if kept != manifest["files"]:
+    left, kept = _of_step(manifest["files"], step)
+    if left:
         write_json(folder / MANIFEST, manifest | {"files": kept})
+
+
+def _of_step(entries: Json, step: str) -> tuple[Json, Json]:
+    """A manifest's entries of one step, and all others."""
+    own = {name: entry for name, entry in entries.items() if entry["step"] == step}
+    return own, {name: entry for name, entry in entries.items() if name not in own}
 
 
 def files_in(*places: Path) -> list[Path]:
@@ -175,8 +180,7 @@ def undo(damages: Sequence[Damage]) -> None:
     for folder, step in dict.fromkeys((one.folder, one.step) for one in damages):
         if folder.exists():
             manifest = read_manifest(folder)
-            again = {name: entry for name, entry in manifest["files"].items() if entry["step"] == step}
-            kept = {name: entry for name, entry in manifest["files"].items() if entry["step"] != step}
+            again, kept = _of_step(manifest["files"], step)
             write_json(folder / MANIFEST, {"files": kept, "expected": manifest.get("expected", {}) | again})
         for record in RECORDS.get(step, ()):
             remove(folder / record)

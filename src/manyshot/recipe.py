@@ -143,6 +143,10 @@ class Recipe(Section):
         """The protocol as the task takes part in it (`steps_share`)."""
         return self.protocol.share(self.tasks[task].steps_share) if task in self.tasks else self.protocol
 
+    def on_device(self, device: str) -> Recipe:
+        """The recipe, computing elsewhere."""
+        return self.model_copy(update={"local_update": self.local_update.model_copy(update={"device": device})})
+
     def alpha_of(self, task: str) -> float:
         return (self.tasks[task].alpha if task in self.tasks else None) or self.local_update.alpha
 

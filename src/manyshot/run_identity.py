@@ -99,8 +99,7 @@ def may_change(line: str) -> bool:
 
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe under whose names finished work is found: the run's own, wherever it computes now."""
-    device = recipe_of(folder)["local_update"]["device"]
-    return recipe.model_copy(update={"local_update": recipe.local_update.model_copy(update={"device": device})})
+    return recipe.on_device(recipe_of(folder)["local_update"]["device"])
 
 
 def _note_machine(folder: RunFolder, before: Json, now: Json) -> list[str]:

@@ -66,8 +66,7 @@ def earlier_run(run: Run) -> Run | None:
     earlier: Run | None = None
     for segment in read_segments(run.folder.path):
         begun = recipe_from_mapping(run_as_now(segment.recipe))
-        device = {"device": run.recipe.local_update.device}
-        recipe = begun.model_copy(update={"local_update": begun.local_update.model_copy(update=device)})
+        recipe = begun.on_device(run.recipe.local_update.device)
         tasks = tuple(task for task in run.tasks if task.name in segment.tasks)
         earlier = replace(run, recipe=recipe, begun=begun, tasks=tasks, earlier=earlier, goes_on=True)
     return earlier

@@ -122,10 +122,7 @@ def merge(
     # the card tells of what is measured later
     seal_step(run, folder, "merged model", *(file for file in files_in(folder / "merged") if file.name != "README.md"))
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
-    digests = {"task_vector.safetensors": report["digest"]}
-    if "outer_state_digest" in report:
-        digests[STATE_NAME] = report["outer_state_digest"]
-    return Merged(state, report["kept_share"], start_from, digests)
+    return Merged(state, report["kept_share"], start_from, _digests(report))
 
 
 def merge_task_vectors(
@@ -133,14 +130,18 @@ def merge_task_vectors(
 ) -> Json:
     """Write task_vector.safetensors, then merge.json, and tell of it; returns what merge.json says."""
     record = write_merge(run, folder, round_index, start, experts, weights)
-    known = {"task_vector.safetensors": record["digest"]}
-    if "outer_state_digest" in record:
-        known[STATE_NAME] = record["outer_state_digest"]
+    known = _digests(record)
     carried = [folder / "carried_adapter"] if run.recipe.merge.space == "factors" else []
     places = [folder / "merge.json", folder / ROLLBACK, *(folder / name for name in known), *carried]
     seal_step(run, folder, "merge", *places, known=known)
     _report_merge(run, round_index, record)
     return record
+
+
+def _digests(record: Json) -> dict[str, str]:
+    """The digests that merge.json holds, by the names of the files beside it."""
+    found = {"task_vector.safetensors": record["digest"]}
+    return found | ({STATE_NAME: record["outer_state_digest"]} if "outer_state_digest" in record else {})
 
 
 def write_merge(
