@@ -21,12 +21,11 @@ from manyshot.inputs import check_inputs, check_space
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.rounds import run_round
-from manyshot.rundir import RunFolder, read_json
+from manyshot.rundir import MEASURED, ROLLBACK, RunFolder, read_json
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Json, Run, measure
 from manyshot.tensors import Checkpoint
 
-MEASURED = ("losses.json", "scores.json", "outputs.json")
 # differences shown of one file
 SHOWN = 3
 
@@ -129,7 +128,7 @@ def _steps(first: Path, second: Path, tasks: tuple[str, ...]) -> Iterator[tuple[
     for task in tasks:
         yield "local update", task, files(f"round_001/{task}/**/*")
     yield "weigh", "", files("round_001/loss_gap.json")
-    merged = ("task_vector.safetensors", "outer_state.safetensors", "merge.json", "rollback.json")
+    merged = ("task_vector.safetensors", "outer_state.safetensors", "merge.json", ROLLBACK)
     yield "merge", "", files(*(f"round_001/{name}" for name in merged))
     yield "write the merged model", "", files("round_001/merged/**/*")
     yield "measure the merged model", "", files(*(f"round_001/{name}" for name in (*MEASURED, "guards.json")))

@@ -22,6 +22,8 @@ from manyshot.fault_points import passing
 PARTIAL = ".partial"
 # what a local update that failed leaves
 FAILURE = "failure.json"
+# what measuring a model leaves
+MEASURED = ("losses.json", "scores.json", "outputs.json")
 # what a round whose merge was taken back says of it
 ROLLBACK = "rollback.json"
 # who writes into the folder (run_lock.py)

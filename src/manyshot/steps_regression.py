@@ -16,7 +16,7 @@ from manyshot.errors import MergeError
 from manyshot.guard_advice import shorter_step
 from manyshot.manifest import MANIFEST
 from manyshot.models import ModelState
-from manyshot.rundir import ROLLBACK, atomic_file, atomic_folder, fsync_folder, read_json, remove, write_json
+from manyshot.rundir import MEASURED, ROLLBACK, atomic_file, atomic_folder, fsync_folder, read_json, remove, write_json
 from manyshot.status import resume_command
 from manyshot.steps import Expert, Json, Run, measure
 from manyshot.steps_merge import write_merge
@@ -24,7 +24,6 @@ from manyshot.tensor_writer import SafetensorsWriter
 from manyshot.tensors import Checkpoint, TensorInfo, file_digest
 
 PROPOSED, VERDICT = "proposed", "verdict.json"
-MEASURED = ("losses.json", "scores.json", "outputs.json")
 
 
 def regressed(start: float, merged: float, tolerance: float) -> bool:
