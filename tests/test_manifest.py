@@ -57,6 +57,46 @@ def test_manifest_takes_a_hash_that_is_known_and_seals_a_step_once(tmp_path: Pat
     assert read_manifest(tmp_path) == {"files": {}}
 
 
+def measured(folder: Path, step: str) -> None:
+    """What a search (losses alone) and a run (scores too) do with a model of one folder."""
+    names = ("losses.json",) if step == "losses" else ("losses.json", "scores.json")
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).write_text(name)
+    seal(folder, step, [folder / name for name in names])
+
+
+def test_manifest_keeps_an_entry_of_the_same_bytes_whatever_step_names_it(tmp_path: Path) -> None:
+    measured(tmp_path, "losses")
+    measured(tmp_path, "measurement")
+    both = read_manifest(tmp_path)
+    assert {entry["step"] for entry in both["files"].values()} == {"measurement"}
+    measured(tmp_path, "losses")  # the search is resumed
+    assert read_manifest(tmp_path) == both
+    (tmp_path / "losses.json").write_text("other bytes")
+    measured(tmp_path, "losses")
+    assert read_manifest(tmp_path) != both
+
+
+@pytest.mark.parametrize("order", [("losses", "measurement"), ("measurement", "losses", "measurement")])
+def test_repair_compares_what_another_step_left(order: tuple[str, ...], tmp_path: Path) -> None:
+    measured(tmp_path, order[0])
+    before = read_manifest(tmp_path)
+    for again in ("losses.json", "other bytes"):
+        (tmp_path / "losses.json").unlink()
+        undo(find_damages(tmp_path, quiet))
+        if again == "other bytes":
+            (tmp_path / "losses.json").write_text(again)
+            with pytest.raises(RunFolderError, match=r"losses\.json: was redone"):
+                measured(tmp_path, order[1])
+            return
+        for step in order[1:]:
+            measured(tmp_path, step)
+        found = read_manifest(tmp_path)
+        assert "expected" not in found
+        assert found["files"]["losses.json"]["sha256"] == before["files"]["losses.json"]["sha256"]
+
+
 @pytest.mark.parametrize(
     ("damage", "name", "what"),
     [

@@ -244,6 +244,10 @@ def test_a_search_of_the_first_round_leaves_the_other_rounds_to_the_run(raw: Jso
     assert trained(done.folder) == [(2, task) for task in PAIR]
     losses = done.scores["rounds"]["1"]["losses"]
     assert {task: found["loss"] for task, found in losses.items()} == result.results["best"]["trial"]["losses"]
+    left = contents(done.folder)
+    tune(recipe, tmp_path / "search", resume=True)
+    run(best, tmp_path / "search" / "run", resume=True)  # and finds everything as it was left
+    assert contents(done.folder) == left
 
 
 def test_a_search_of_whole_runs_shares_round_1_and_finds_what_the_runs_find(raw: Json, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Damage:
 def seal(folder: Path, step: str, files: Iterable[Path], known: Mapping[str, str] | None = None) -> None:
     """Add a finished step's files to its folder's manifest, once; `known`: hashes that are there already, by name.
 
-    Raises RunFolderError where a step was redone and came to something else.
+    Where another step names the same files, just as they are, its entries stay. Raises RunFolderError where a step was
+    redone and came to something else.
     """
     manifest = read_manifest(folder)
     if any(entry["step"] == step for entry in manifest["files"].values()):
@@ -63,8 +64,11 @@ def seal(folder: Path, step: str, files: Iterable[Path], known: Mapping[str, str
         name = file.relative_to(folder).as_posix()
         digest = (known or {}).get(name) or file_digest(file)
         found[name] = {"step": step, "bytes": file.stat().st_size, "sha256": digest}
+    if found and all(_same(manifest["files"].get(name), entry) for name, entry in found.items()):
+        return
     expected, rest = _of_step(manifest.pop("expected", {}), step)
-    if unlike := sorted(name for name, entry in expected.items() if found.get(name) != entry):
+    expected |= {name: rest.pop(name) for name in found if name in rest}
+    if unlike := sorted(name for name, entry in expected.items() if not _same(found.get(name), entry)):
         raise RunFolderError(
             f"{folder / unlike[0]}: was redone ({step}) and is not what it was: this machine or its libraries compute "
             "other bits. Put it back from a copy; or remove the manifest.json of its folder and of those around it, to "
@@ -73,6 +77,11 @@ def seal(folder: Path, step: str, files: Iterable[Path], known: Mapping[str, str
     if rest:
         manifest["expected"] = rest
     write_json(folder / MANIFEST, manifest | {"files": manifest["files"] | found})
+
+
+def _same(one: Json | None, other: Json) -> bool:
+    """Whether two entries speak of the same bytes, whatever steps they name."""
+    return one is not None and (one["bytes"], one["sha256"]) == (other["bytes"], other["sha256"])
 
 
 def unseal(folder: Path, step: str) -> None:
