@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from manyshot.benchmark_spec import Benchmark, Harness
 from manyshot.compare_recipe import CompareRecipe, Method, TaskSet, Tuning
+from manyshot.keep_spec import Keep
 from manyshot.merge_recipe import ExpertSpec, MergeRecipe
 from manyshot.operators import BUILT_IN, Operator
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, Recipe, SourceSpec, TaskSpec
@@ -34,6 +35,7 @@ RECIPE: dict[str, Kind] = {
     "local_update": LocalUpdate,
     "evaluation": Evaluation,
     "trackers": Trackers,
+    "keep": Keep,
 }
 MERGE: dict[str, Kind] = {"The file": MergeRecipe, "experts.<name>": ExpertSpec}
 COMPARE: dict[str, Kind] = {

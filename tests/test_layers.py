@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"kernels", "operators"},
     "demo": {"demo"},
     "tensors": {"errors", "rundir"},
-    "manifest": {"errors", "rundir", "tensors"},
+    "removed": {"errors", "rundir"},
+    "manifest": {"errors", "removed", "rundir", "tensors"},
     "tensor_writer": {"errors", "fault_points", "rundir", "tensors"},
     "task_vector": {"errors", "kernels", "rundir", "tensors"},
     "engine": {"task_vector"},
@@ -75,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": set(),
     "optimizer_state": {"errors", "tensor_writer", "tensors"},
     "start_adapters": {"recipe", "rundir", "training_spec"},
-    "recipe": {"operators", "task_spec", "tracker_spec", "training_spec"},
+    "recipe": {"keep_spec", "operators", "task_spec", "tracker_spec", "training_spec"},
     "merge_recipe": {"gap_weights", "operators", "recipe"},
     "mergekit_yaml": {"errors"},
     "tune_space": set(),
@@ -97,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
             "tune_recipe",
         },
     },
-    "starter": {"operators", "recipe", "tracker_spec"},
+    "starter": {"keep_spec", "operators", "recipe", "tracker_spec"},
     "status": {"yaml_text", "errors", "misshapen", "rundir", "segments"},
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
@@ -114,6 +115,8 @@ ALLOWED: dict[str, set[str]] = {
     "task_spec": set(),
     "sources": {"data_files", "errors", "seeding", "task_spec"},
     "examples": {"data_files", "errors", "task_spec"},
+    "keep_spec": {"task_spec"},
+    "steps_keep": {"optimizer_state", "removed", "start_adapters", "steps"},
     "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources"},
     "metrics": {"demo", "errors", "examples"},
     "models": {"remote_code", "errors", "recipe", "rundir", "seeding", "task_vector", "tensor_writer", "tensors"},
@@ -148,7 +151,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "disk": {"errors"},
     "inspect_input": {
-        *{"errors", "match", "misshapen", "reading", "rundir", "status", "task_vector", "tensors", "yaml_text"},
+        "removed",
+        *{"errors", "match", "misshapen", "reading", "rundir", "start_adapters", "status", "task_vector", "tensors"},
+        "yaml_text",
     },
     "inspect_models": {"engine", "errors", "inspect_input", "merge_report", "reading", "task_vector"},
     "merge_gaps": {
@@ -281,7 +286,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps_train": {
         *{"allocation", "content", "evaluate", "gap_weights", "local_update", "models", "optimizer_state", "recipe"},
         *{"errors", "local_failure", "rundir", "start_adapters", "status", "steps", "tasks", "tensors"},
-        "training_spec",
+        *{"manifest", "removed", "training_spec"},
     },
     "line_search": {"gap_weights"},
     "steps_search": {"evaluate", "gap_weights", "line_search", "rundir", "steps"},
@@ -298,6 +303,7 @@ ALLOWED: dict[str, set[str]] = {
     "push": {"errors", "misshapen", "rundir", "status"},
     "rounds": {
         "card",
+        "removed",
         "manifest",
         "models",
         "normalize",
@@ -313,11 +319,13 @@ ALLOWED: dict[str, set[str]] = {
     "segments": {"errors", "rundir"},
     "steps_extend": {
         *{"evaluate", "manifest", "models", "normalize", "older_recipe", "recipe", "recipe_file", "segments", "steps"},
+        "steps_keep",
         *{"steps_train", "training_spec"},
     },
     "extend_command": {
         *{"disk", "errors", "executors", "gap_weights", "inputs", "manifest", "outer", "progress", "recipe"},
-        *{"recipe_file", "run_identity", "run_lock", "rundir", "runner", "segments", "status"},
+        *{"recipe_file", "removed", "run_identity", "run_lock", "rundir", "runner", "segments", "start_adapters"},
+        "status",
     },
     "older_recipe": {"content", "errors", "operators", "recipe_file", "yaml_text"},
     "run_identity": {
@@ -326,7 +334,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},
         *{"recipe", "report_command", "rounds", "run_identity", "run_lock", "rundir", "seeding", "steps", "trackers"},
-        *{"steps_extend", "workload"},
+        *{"removed", "steps_extend", "workload"},
     },
     "inspect_recipe": {"line_search", "models", "outer", "recipe", "runner", "tasks", "tensors", "trainer"},
     "hub": set(),
@@ -344,6 +352,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"harness_tasks", "judge", "progress", "recipe", "recipe_file", "rundir", "tasks"},
     },
     "tune_plan": {"tune_recipe"},
+        "removed",
     "tune_sampler": {"errors", "tune_space"},
     "tune_folder": {
         *{"yaml_text", "errors", "inputs", "models", "recipe_file", "run_identity", "rundir", "tune_recipe"},
@@ -381,6 +390,7 @@ ALLOWED: dict[str, set[str]] = {
     "export_command": {
         *{"disk", "errors", "export_adapter", "export_card", "export_chat", "export_folder", "export_hints"},
         *{"export_losses", "export_mergekit", "export_source", "merge_recipe", "models", "peft_adapter", "rundir"},
+        "removed",
         *{"tensor_writer", "tensors"},
     },
     "api": {

@@ -28,7 +28,9 @@ LATER: dict[str, dict[str, Any]] = {
 # compute says when one is needed (tests/test_content.py).
 MEANINGS: tuple[tuple[dict[str, Any], int], ...] = ()
 # sections that decide nothing of what is done
-UNNAMED = ("trackers",)
+UNNAMED = ("trackers", "keep")
+# settings that decide nothing of what is done, by section
+SILENT: dict[str, tuple[str, ...]] = {"local_update": ("time_limit",)}
 
 
 def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from manyshot.misshapen import misshapen
 from manyshot.models import ModelState, Placement, load_model
 from manyshot.peft_adapter import is_adapter
 from manyshot.recipe_file import load_recipe
+from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, content_key, read_json
 from manyshot.start_adapters import own_adapter
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME
@@ -137,6 +138,8 @@ def _expert(path: Path) -> tuple[str, ModelState]:
     if owner is None:
         raise RunFolderError(f"{path}: an expert of a run, but no folder above it has a recipe.yaml")
     folder, place = RunFolder(owner), path.resolve().parent.name
+    for part in ("adapter", "model"):
+        refuse_removed(owner, path.resolve() / part, "evaluating the expert")
     if place == "experts":
         return f"expert {path.name}", expert_state(_pretrained(folder), path)
     if not place.startswith("round_") or not place.removeprefix("round_").isdecimal():

@@ -22,6 +22,7 @@ from manyshot.local_update import RECORD, expert_state
 from manyshot.models import ModelState
 from manyshot.operators import Dare, Mean, Metis, TaskArithmetic, Ties
 from manyshot.peft_adapter import CONFIG_NAME
+from manyshot.removed import refuse_removed
 from manyshot.rundir import atomic_folder, read_json, write_text
 from manyshot.start_adapters import own_adapter
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterFactors, StoredTaskVector
@@ -219,6 +220,9 @@ def _state(source: ExportSource, task: str) -> ModelState:
     folder = source.folder.local_update(source.round_index, task)
     if not (folder / RECORD).is_file():
         raise RunFolderError(f"{folder}: the expert of task '{task}' is missing")
+    for part in ("adapter", "model"):
+        wanted = f"round {source.round_index}: an export with its experts"
+        refuse_removed(source.folder.path, folder / part, wanted)
     state = expert_state(ModelState(source.base), folder)
     if state.adapter is None or "expert" in read_json(folder / RECORD):
         return state

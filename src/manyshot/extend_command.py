@@ -20,6 +20,7 @@ from manyshot.recipe import Recipe
 from manyshot.recipe_file import recipe_from_mapping, to_yaml
 from manyshot.run_identity import differences, may_change, recipe_of
 from manyshot.run_lock import one_writer
+from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, remove, write_text
 from manyshot.runner import RunResult
 from manyshot.runner import run as run_recipe
@@ -68,9 +69,28 @@ def longer_recipe(folder: RunFolder, rounds: int, steps: int | None, overrides: 
     recipe = recipe_from_mapping(begun.model_dump(mode="json"), [*overrides, *longer])
     refuse_changes(begun, recipe)
     return recipe
+    _refuse_removed_start(folder, begun, recipe)
 
 
 def refuse_changes(begun: Recipe, recipe: Recipe) -> None:
+def _refuse_removed_start(folder: RunFolder, begun: Recipe, recipe: Recipe) -> None:
+    """Raise RunFolderError where added rounds go on from what `keep` had removed."""
+    last, wanted = begun.protocol.rounds, "adding rounds"
+    refuse_removed(folder.path, folder.round(last) / "carried_adapter", wanted)
+    for name in begun.tasks:
+        if (own := own_adapter(begun, folder, last + 1, name)) is not None:
+            refuse_removed(folder.path, own, wanted)
+        if _merges_again(folder, begun, recipe):
+            for part in ("adapter", "model"):
+                refuse_removed(folder.path, folder.local_update(last, name) / part, wanted)
+
+
+def _merges_again(folder: RunFolder, begun: Recipe, recipe: Recipe) -> bool:
+    """Whether the last merge is to be repeated: no round was to follow, so that it did not leave the outer state."""
+    place = folder.round(begun.protocol.rounds)
+    return bool(MEMORIES[recipe.merge.outer_optimizer]) and not (place / STATE_NAME).exists()
+
+
     """Raise RecipeError for everything that would make another run of what has been done."""
     found = differences(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
     wrong = [line for line in found if not _may_differ(line, begun, recipe)]
@@ -126,8 +146,7 @@ def _note(folder: RunFolder, begun: Recipe, recipe: Recipe) -> None:
     write_segments(folder.path, [*earlier, segment])
     unseal(folder.path, "scores")
     place = folder.round(last)
-    if MEMORIES[recipe.merge.outer_optimizer] and not (place / STATE_NAME).exists():
-        # no round was to follow, so that the merge did not leave it: the same merge again does
+    if _merges_again(folder, begun, recipe):
         for where, step in ((folder.path, f"round {last}"), (place, "records"), (place, "merge")):
             unseal(where, step)
         for name in ("DONE.json", "merge.json"):

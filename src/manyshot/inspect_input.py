@@ -12,6 +12,7 @@ from manyshot.errors import ModelError, RunFolderError
 from manyshot.match import open_experts, tied_duplicates
 from manyshot.misshapen import misshapen
 from manyshot.reading import Reference, TaskVectorReader, check_updates
+from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, read_json
 from manyshot.status import task_names
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
@@ -139,6 +140,8 @@ def _expert_path(folder: RunFolder, round_index: int, task: str) -> Path:
         return Path(adopted)
     if (place / "model").is_dir():
         return place / "model"
+    for part in ("adapter", "model"):
+        refuse_removed(folder.path, place / part, f"round {round_index}: inspecting its experts")
     if not (place / "adapter" / ADAPTER_WEIGHTS_NAME).is_file():
         raise RunFolderError(f"{where}: its expert is gone (neither {place / 'adapter'} nor {place / 'model'})")
     return place / "adapter"

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manyshot.errors import RunFolderError
+from manyshot.removed import read_removed
 from manyshot.rundir import PARTIAL, read_json, remove, write_json
 from manyshot.tensors import file_digest
 
@@ -124,6 +125,20 @@ def _is_entry(name: str, entry: object) -> bool:
     return inside and isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == types
 
 
+def known_digest(file: Path) -> str:
+    """The hash of a file; of one that was removed since (`keep`), what the manifest around it says.
+
+    Raises RunFolderError where nothing says it.
+    """
+    if file.is_file():
+        return file_digest(file)
+    for folder in file.parents[:3]:
+        if (entry := read_manifest(folder)["files"].get(file.relative_to(folder).as_posix())) is not None:
+            digest: str = entry["sha256"]
+            return digest
+    raise RunFolderError(f"{file}: is gone")
+
+
 # ---- checking --------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +173,8 @@ def find_damages(root: Path, say: Callable[[str], None]) -> list[Damage]:
     for path in sorted(root.rglob(MANIFEST)):
         if not any(part.endswith(PARTIAL) for part in path.relative_to(root).parts):
             named += [(path.parent, name, entry) for name, entry in read_manifest(path.parent)["files"].items()]
+    gone = {root / name for name in read_removed(root)}
+    named = [one for one in named if gone.isdisjoint((one[0] / one[1]).parents) and one[0] / one[1] not in gone]
     size = sum(entry["bytes"] for _, _, entry in named)
     if size >= LONG:
         say(f"checking {len(named)} files against their manifests, {size / 1e9:.1f} GB")

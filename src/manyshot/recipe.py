@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from manyshot.keep_spec import Keep
 from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
 from manyshot.task_spec import Count, Section, SourceSpec, TaskSpec
 from manyshot.tracker_spec import Trackers
@@ -120,6 +121,7 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         refuse_together(cross_problems(self))
         return self
+    keep: Keep = Keep()
 
     @property
     def method(self) -> Operator:

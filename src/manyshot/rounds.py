@@ -23,6 +23,7 @@ from manyshot.rundir import ROLLBACK, link_atomically, read_json, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_extend import measure_added
 from manyshot.steps_guard import guard
+from manyshot.steps_keep import tidy
 from manyshot.steps_merge import carry_adapter, merge, merge_post_hoc, weigh
 from manyshot.steps_regression import propose, refuse_regression
 from manyshot.steps_train import failures, train_experts, uneven_steps, update_locally
@@ -41,6 +42,7 @@ def run_to_the_end(run: Run) -> tuple[Json, ModelState]:
     """Everything that a run measures, and the model that it ends with; of an extended run its earlier part first."""
     if run.earlier is None:
         first, start, summary = 1, run.pretrained, before_rounds(run)
+        tidy(run, 0)
     else:
         first = run.earlier.recipe.protocol.rounds + 1
         summary, start = run_to_the_end(run.earlier)
@@ -48,6 +50,7 @@ def run_to_the_end(run: Run) -> tuple[Json, ModelState]:
 
     for round_index in range(first, run.recipe.protocol.rounds + 1):
         start = run_round(run, round_index, start, summary)
+        tidy(run, round_index)
     return summary, start
 
 

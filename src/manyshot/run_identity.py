@@ -29,7 +29,7 @@ Json = dict[str, Any]
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 # keys of a recipe that may be others when a run goes on: where it computes, who is told, what happens after a failure
 MAY_CHANGE = (
-    *("trackers", "local_update.device"),
+    *("trackers", "keep", "local_update.device", "local_update.time_limit"),
     *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),
 )
 # what environment.json says of the machine, which may be another

@@ -19,6 +19,7 @@ from manyshot.models import choose_placement
 from manyshot.process_mark import process_mark
 from manyshot.progress import WORK_PHASES, Listener, Progress, wall_seconds
 from manyshot.recipe import Recipe, operator_warnings
+from manyshot.removed import finish_removing
 from manyshot.report_command import write_report
 from manyshot.rounds import run_rounds
 from manyshot.run_identity import as_begun, describe
@@ -81,6 +82,8 @@ def run(
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
         progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
+        if left := finish_removing(output):
+            progress.message(f"removed, as keep says: {', '.join(left)}")
         progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens))
         if before is not None:
             progress.message(f"{before} ended without finishing; what it left half written is removed")

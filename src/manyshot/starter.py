@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from manyshot.keep_spec import Keep
 from manyshot.operators import Metis
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, TaskSpec
 from manyshot.tracker_spec import Trackers
@@ -43,6 +44,7 @@ def starter_recipe() -> str:
         ("local_update", LocalUpdate),
         ("evaluation", Evaluation),
         ("trackers", Trackers),
+        ("keep", Keep),
     ):
         parts += ["", f"{name}:", *_lines(section)]
     return "\n".join([*parts, "", "seed: 0", ""])

@@ -66,7 +66,7 @@ def earlier_run(run: Run) -> Run | None:
     earlier: Run | None = None
     for segment in read_segments(run.folder.path):
         begun = recipe_from_mapping(run_as_now(segment.recipe))
-        recipe = begun.on_device(run.recipe.local_update.device)
+        recipe = begun.on_device(run.recipe.local_update.device).model_copy(update={"keep": run.recipe.keep})
         tasks = tuple(task for task in run.tasks if task.name in segment.tasks)
         earlier = replace(run, recipe=recipe, begun=begun, tasks=tasks, earlier=earlier, goes_on=True)
     return earlier

@@ -24,6 +24,7 @@ from manyshot.match import open_experts
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
+from manyshot.removed import refuse_removed, why_removed
 from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
 from manyshot.rundir import ROLLBACK, read_json, remove, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
@@ -110,7 +111,7 @@ def merge(
     report = merge_task_vectors(run, folder, round_index, start, experts, weights)
     state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
     pretrained = Checkpoint(run.base.path)
-    if not run.trial and not (folder / "merged" / "config.json").exists():
+    if not run.trial and not (folder / "merged" / "config.json").exists() and not _is_left_out(run, folder / "merged"):
         dtype = run.recipe.merge.output_dtype
         with run.progress.timed("save", round_index):
             export_model(
@@ -123,6 +124,11 @@ def merge(
     seal_step(run, folder, "merged model", *(file for file in files_in(folder / "merged") if file.name != "README.md"))
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
     return Merged(state, report["kept_share"], start_from, _digests(report))
+
+
+def _is_left_out(run: Run, place: Path) -> bool:
+    """Whether `keep` had something removed, which is not made again then."""
+    return not run.trial and why_removed(run.folder.path, place) is not None
 
 
 def merge_task_vectors(
@@ -151,6 +157,7 @@ def write_merge(
     record_path = folder / "merge.json"
     plan = run.recipe.plan.at_round(max(1, round_index))
     if not record_path.exists():
+        _check_experts(run, round_index, experts)
         searched: Json = {}
         if plan.searches_scaling:
             write = partial(_write_candidate, run, round_index, start, experts, weights)
@@ -161,6 +168,18 @@ def write_merge(
         write_json(record_path, found | searched)
     remove(folder / WORK_FOLDER)
     return read_json(record_path)
+
+
+def _check_experts(run: Run, round_index: int, experts: Sequence[Expert]) -> None:
+    """Raise RunFolderError where a merge that is to be made again is one of experts that `keep` had removed."""
+    if run.trial:
+        return
+    for expert in experts:
+        name = expert.task
+        place = run.folder.local_update(round_index, name) if round_index else run.folder.expert(name)
+        begun = expert.state.start_adapter
+        for part in (place / "adapter", place / "model", *([begun] if begun is not None else [])):
+            refuse_removed(run.folder.path, part, f"round {round_index}: its merge")
 
 
 def _merge(
@@ -314,12 +333,13 @@ def carry_adapter(
     """The model the next round starts from: merged weights, and what its adapters start from (`adapter_start`)."""
     how, carried = run.recipe.local_update.adapter_start, folder / "carried_adapter"
     if (folder / ROLLBACK).exists():  # as the round itself began
-        return replace(merged, start_adapter=carried if carried.is_dir() else None)
+        there = carried.is_dir() or _is_left_out(run, carried)
+        return replace(merged, start_adapter=carried if there else None)
     if run.recipe.merge.space == "factors":
         return replace(merged, start_adapter=carried)
     if how in ("fresh", "own"):  # a task's own adapter is where its local update left it
         return merged
-    if not carried.exists():
+    if not carried.exists() and not _is_left_out(run, carried):
         with run.progress.timed("merge", 0):
             adapters = [_adapter(expert) for expert in experts]
             if how == "averaged":

@@ -16,9 +16,11 @@ from manyshot.gap_weights import needs_gaps
 from manyshot.local_failure import Attempt, failure_of, try_local_update
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update
 from manyshot.models import ModelState
+from manyshot.manifest import known_digest
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Recipe
 from manyshot.rundir import atomic_folder, content_key, read_json
+from manyshot.removed import made_again, refuse_removed
 from manyshot.start_adapters import last_update, own_adapter
 from manyshot.status import resume_command
 from manyshot.steps import Expert, Json, Run
@@ -152,6 +154,9 @@ def _train(
         if run.shared is not None:
             _reuse_expert(job, shared_update(run.shared, job))
     try:
+        if not run.trial and finished_update(job) is None:
+            _check_start(run, job)
+    attempts = [Attempt(job, skips) for job in jobs]
         records = run.executor.map(try_local_update, [Attempt(job, skips) for job in jobs], run.progress)
     except TrainingError as error:
         may_skip = list(folders) != _expert_folders(run)
@@ -164,6 +169,19 @@ def _train(
 
 
 def _what_next(run: Run, *, may_skip: bool) -> str:
+def _check_start(run: Run, job: LocalUpdateJob) -> None:
+    """Raise RunFolderError where a local update that is to be made (again) begins from what `keep` had removed."""
+    made_again(run.folder.path, job.folder)
+    for place in (job.start.start_adapter, job.optimizer_state):
+        if place is not None:
+            wanted = f"round {job.round_index}, task '{job.task.name}': its local update"
+            refuse_removed(run.folder.path, place, wanted)
+
+
+def _is_finished(attempt: Attempt) -> bool:
+    return finished_update(attempt.job) is not None
+
+
     """How to go on after a task that failed; a trial is gone on with by what it is a trial of."""
     if run.trial:
         return ""
@@ -200,7 +218,7 @@ def _job(run: Run, task: Task, start: ModelState, round_index: int, steps: Steps
         *(recipe.merge.space, recipe.seed),
         *(round_index, steps.num_steps, steps.steps_before, total_steps),
         *(recipe.evaluation.loss_on, recipe.evaluation.batch_size),
-        *([file_digest(kept)] if kept is not None else []),
+        *([known_digest(kept)] if kept is not None else []),
     ]
     return LocalUpdateJob(
         recipe=recipe,
@@ -249,7 +267,7 @@ def _adopted_digest(task: Task, round_index: int) -> list[str]:
 def _start_digest(start: ModelState) -> list[str]:
     """The content of the files that a round starts from."""
     files = [start.task_vector, start.start_adapter / "adapter_model.safetensors" if start.start_adapter else None]
-    return [file_digest(file) if file else "" for file in files]
+    return [known_digest(file) if file else "" for file in files]
 
 
 def _reuse_expert(job: LocalUpdateJob, expert: Path) -> None:
