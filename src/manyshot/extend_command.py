@@ -18,13 +18,14 @@ from manyshot.outer import MEMORIES, STATE_NAME
 from manyshot.progress import Listener
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import recipe_from_mapping, to_yaml
+from manyshot.removed import refuse_removed
 from manyshot.run_identity import differences, may_change, recipe_of
 from manyshot.run_lock import one_writer
-from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, remove, write_text
 from manyshot.runner import RunResult
 from manyshot.runner import run as run_recipe
 from manyshot.segments import Segment, read_segments, write_segments
+from manyshot.start_adapters import own_adapter
 from manyshot.status import resume_command
 
 # keys that more rounds change
