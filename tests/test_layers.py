@@ -109,14 +109,14 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"errors", "live_state", "live_text"},
     "workload": {"recipe", "tasks"},
     "tracker_spec": {"task_spec"},
+    "keep_spec": {"task_spec"},
+    "steps_keep": {"optimizer_state", "removed", "start_adapters", "steps"},
     "tracker_backends": {"tracker_spec"},
     "trackers": {"errors", "progress", "recipe", "rundir", "tracker_backends", "tracker_spec"},
     "data_files": {"demo", "errors"},
     "task_spec": set(),
     "sources": {"data_files", "errors", "seeding", "task_spec"},
     "examples": {"data_files", "errors", "task_spec"},
-    "keep_spec": {"task_spec"},
-    "steps_keep": {"optimizer_state", "removed", "start_adapters", "steps"},
     "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources"},
     "metrics": {"demo", "errors", "examples"},
     "models": {"remote_code", "errors", "recipe", "rundir", "seeding", "task_vector", "tensor_writer", "tensors"},
@@ -295,6 +295,7 @@ ALLOWED: dict[str, set[str]] = {
     "guards": {"gap_weights", "guard_advice", "recipe", "round_record"},
     "steps_guard": {"guards", "round_record", "rundir", "steps"},
     "steps_merge": {
+        "removed",
         *{"adapters", "errors", "export", "gap_weights", "manifest", "match", "models", "operators", "outer"},
         *{"round_merge", "rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},
     },
@@ -303,7 +304,6 @@ ALLOWED: dict[str, set[str]] = {
     "push": {"errors", "misshapen", "rundir", "status"},
     "rounds": {
         "card",
-        "removed",
         "manifest",
         "models",
         "normalize",
@@ -311,6 +311,7 @@ ALLOWED: dict[str, set[str]] = {
         "steps",
         "steps_extend",
         "steps_guard",
+        "steps_keep",
         "steps_merge",
         "steps_regression",
         "steps_train",
@@ -319,7 +320,6 @@ ALLOWED: dict[str, set[str]] = {
     "segments": {"errors", "rundir"},
     "steps_extend": {
         *{"evaluate", "manifest", "models", "normalize", "older_recipe", "recipe", "recipe_file", "segments", "steps"},
-        "steps_keep",
         *{"steps_train", "training_spec"},
     },
     "extend_command": {
@@ -343,6 +343,7 @@ ALLOWED: dict[str, set[str]] = {
     "harness_data": {"data_files", "errors", "metrics", "recipe", "tasks"},
     "harness": {"errors", "harness_data", "harness_tasks", "hub", "seeding"},
     "eval_model": {
+        "removed",
         *{"base_model", "errors", "local_update", "misshapen", "models", "peft_adapter", "recipe_file", "rundir"},
         *{"start_adapters", "task_vector", "tensors"},
     },
@@ -352,7 +353,6 @@ ALLOWED: dict[str, set[str]] = {
         *{"harness_tasks", "judge", "progress", "recipe", "recipe_file", "rundir", "tasks"},
     },
     "tune_plan": {"tune_recipe"},
-        "removed",
     "tune_sampler": {"errors", "tune_space"},
     "tune_folder": {
         *{"yaml_text", "errors", "inputs", "models", "recipe_file", "run_identity", "rundir", "tune_recipe"},
@@ -381,6 +381,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"errors", "evaluate", "export_source", "inputs", "models", "progress", "rundir", "tasks"},
     },
     "export_mergekit": {
+        "removed",
         *{"errors", "export", "export_folder", "export_lora", "export_source", "local_update", "models", "operators"},
         *{"peft_adapter", "rundir", "start_adapters", "task_vector", "tensors"},
     },
@@ -390,7 +391,6 @@ ALLOWED: dict[str, set[str]] = {
     "export_command": {
         *{"disk", "errors", "export_adapter", "export_card", "export_chat", "export_folder", "export_hints"},
         *{"export_losses", "export_mergekit", "export_source", "merge_recipe", "models", "peft_adapter", "rundir"},
-        "removed",
         *{"tensor_writer", "tensors"},
     },
     "api": {

@@ -69,11 +69,10 @@ def longer_recipe(folder: RunFolder, rounds: int, steps: int | None, overrides: 
     longer = (f"protocol.rounds={before.rounds + rounds}", f"protocol.local_steps={before.local_steps + rounds * each}")
     recipe = recipe_from_mapping(begun.model_dump(mode="json"), [*overrides, *longer])
     refuse_changes(begun, recipe)
-    return recipe
     _refuse_removed_start(folder, begun, recipe)
+    return recipe
 
 
-def refuse_changes(begun: Recipe, recipe: Recipe) -> None:
 def _refuse_removed_start(folder: RunFolder, begun: Recipe, recipe: Recipe) -> None:
     """Raise RunFolderError where added rounds go on from what `keep` had removed."""
     last, wanted = begun.protocol.rounds, "adding rounds"
@@ -92,6 +91,7 @@ def _merges_again(folder: RunFolder, begun: Recipe, recipe: Recipe) -> bool:
     return bool(MEMORIES[recipe.merge.outer_optimizer]) and not (place / STATE_NAME).exists()
 
 
+def refuse_changes(begun: Recipe, recipe: Recipe) -> None:
     """Raise RecipeError for everything that would make another run of what has been done."""
     found = differences(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
     wrong = [line for line in found if not _may_differ(line, begun, recipe)]

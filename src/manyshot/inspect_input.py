@@ -138,10 +138,10 @@ def _expert_path(folder: RunFolder, round_index: int, task: str) -> Path:
         raise RunFolderError(f"{where}: no expert there yet ({record} is missing)")
     if isinstance(adopted := read_json(record).get("expert"), str):
         return Path(adopted)
-    if (place / "model").is_dir():
-        return place / "model"
     for part in ("adapter", "model"):
         refuse_removed(folder.path, place / part, f"round {round_index}: inspecting its experts")
+    if (place / "model").is_dir():
+        return place / "model"
     if not (place / "adapter" / ADAPTER_WEIGHTS_NAME).is_file():
         raise RunFolderError(f"{where}: its expert is gone (neither {place / 'adapter'} nor {place / 'model'})")
     return place / "adapter"

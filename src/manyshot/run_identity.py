@@ -27,7 +27,8 @@ from manyshot.yaml_text import read_yaml
 
 Json = dict[str, Any]
 PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-# keys of a recipe that may be others when a run goes on: where it computes, who is told, what happens after a failure
+# keys of a recipe that may be others when a run goes on: where it computes, who is told, what stays on disk,
+# what happens after a failure
 MAY_CHANGE = (
     *("trackers", "keep", "local_update.device", "local_update.time_limit"),
     *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),

@@ -79,11 +79,11 @@ def run(
         progress = Progress(listener)
         for line in describe(recipe, folder, inputs, command):
             progress.message(f"since the run was last here: {line}")
+        if left := finish_removing(output):
+            progress.message(f"removed, as keep says: {', '.join(left)}")
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
         progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
-        if left := finish_removing(output):
-            progress.message(f"removed, as keep says: {', '.join(left)}")
         progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens))
         if before is not None:
             progress.message(f"{before} ended without finishing; what it left half written is removed")

@@ -15,12 +15,12 @@ from manyshot.evaluate import MeasureJob, run_measure
 from manyshot.gap_weights import needs_gaps
 from manyshot.local_failure import Attempt, failure_of, try_local_update
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update
-from manyshot.models import ModelState
 from manyshot.manifest import known_digest
+from manyshot.models import ModelState
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Recipe
-from manyshot.rundir import atomic_folder, content_key, read_json
 from manyshot.removed import made_again, refuse_removed
+from manyshot.rundir import atomic_folder, content_key, read_json
 from manyshot.start_adapters import last_update, own_adapter
 from manyshot.status import resume_command
 from manyshot.steps import Expert, Json, Run
@@ -153,10 +153,10 @@ def _train(
         _reuse_expert(job, run.folder.expert(job.task.name))
         if run.shared is not None:
             _reuse_expert(job, shared_update(run.shared, job))
-    try:
         if not run.trial and finished_update(job) is None:
             _check_start(run, job)
     attempts = [Attempt(job, skips) for job in jobs]
+    try:
         records = run.executor.map(try_local_update, [Attempt(job, skips) for job in jobs], run.progress)
     except TrainingError as error:
         may_skip = list(folders) != _expert_folders(run)
@@ -168,7 +168,6 @@ def _train(
     ]
 
 
-def _what_next(run: Run, *, may_skip: bool) -> str:
 def _check_start(run: Run, job: LocalUpdateJob) -> None:
     """Raise RunFolderError where a local update that is to be made (again) begins from what `keep` had removed."""
     made_again(run.folder.path, job.folder)
@@ -182,6 +181,7 @@ def _is_finished(attempt: Attempt) -> bool:
     return finished_update(attempt.job) is not None
 
 
+def _what_next(run: Run, *, may_skip: bool) -> str:
     """How to go on after a task that failed; a trial is gone on with by what it is a trial of."""
     if run.trial:
         return ""
