@@ -321,7 +321,7 @@ def _merge_problems(recipe: Recipe) -> Problems:
         found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
     if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
         found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
-    found += _outer_problems(merge)
+    found += outer_problems(merge)
     tolerance = merge.regression_tolerance
     if merge.on_regression == "warn" and tolerance != Merge.model_fields["regression_tolerance"].default:
         text = "is for on_regression: stop or rollback; the warning has thresholds of its own (docs/guards.md)"
@@ -338,7 +338,7 @@ def _merge_problems(recipe: Recipe) -> Problems:
     return found
 
 
-def _outer_problems(merge: Merge) -> Problems:
+def outer_problems(merge: Merge) -> Problems:
     """Settings of an outer optimizer that is not in use, or that it does not have."""
     settings = ("outer_optimizer", "outer_step_size", "outer_momentum", "outer_beta1", "outer_beta2", "outer_epsilon")
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
