@@ -346,6 +346,18 @@ def test_inspect_the_first_round_and_carried_adapters(run_folder: Path) -> None:
     assert found.total.norms[0] == pytest.approx(float(expected.norm()), rel=1e-5)
 
 
+def test_inspect_a_round_whose_adapters_go_on_from_each_tasks_own(run_folder: Path) -> None:
+    (run_folder / "recipe.yaml").write_text("tasks: {a: {}, b: {}}\nlocal_update: {adapter_start: own}\n", "utf-8")
+    before, after = (run_folder / f"round_00{r}" / "a" / "adapter" for r in (1, 2))
+    names = ("model.layers.0.q.weight", "model.layers.1.q.weight")
+    expected = torch.cat([(dense(after, name) - dense(before, name)).flatten() for name in names])
+    assert inspect(open_round(run_folder, 2, "start")).total.norms[0] == pytest.approx(float(expected.norm()), rel=1e-5)
+    # a merge that was taken back: round 2 goes on from what round 1 began with
+    write_json(run_folder / "round_001" / "rollback.json", {})
+    expected = torch.cat([dense(after, name).flatten() for name in names])
+    assert inspect(open_round(run_folder, 2, "start")).total.norms[0] == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
 def test_inspect_a_round_with_an_expert_that_was_there_before(run_folder: Path, tmp_path: Path) -> None:
     update = peft_adapter(tmp_path / "older", "older", ("model.layers.0.q.weight",))["model.layers.0.q.weight"]
     write_json(run_folder / "round_001" / "a" / "local_update.json", {"expert": str(tmp_path / "older")})

@@ -15,7 +15,7 @@ from manyshot.peft_adapter import is_adapter
 from manyshot.recipe_file import load_recipe
 from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, content_key, read_json
-from manyshot.start_adapters import own_adapter
+from manyshot.start_adapters import start_factors
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME
 from manyshot.tensors import Checkpoint, file_digest
 
@@ -146,10 +146,8 @@ def _expert(path: Path) -> tuple[str, ModelState]:
         raise RunFolderError(f"{path}: neither in experts/ nor in a round of {owner}")
     before = int(place.removeprefix("round_")) - 1
     start = _state_after(folder, before)
-    carried = folder.round(before) / "carried_adapter"
-    own = own_adapter(load_recipe(folder.recipe), folder, before + 1, path.resolve().name)
-    if own is not None or carried.is_dir():
-        start = replace(start, start_adapter=own or carried)
+    how = load_recipe(folder.recipe).local_update.adapter_start
+    start = replace(start, start_adapter=start_factors(how, folder, before + 1, path.resolve().name))
     return f"expert {path.name} of round {before + 1}", expert_state(start, path)
 
 

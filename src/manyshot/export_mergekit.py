@@ -24,7 +24,7 @@ from manyshot.operators import Dare, Mean, Metis, TaskArithmetic, Ties
 from manyshot.peft_adapter import CONFIG_NAME
 from manyshot.removed import refuse_removed
 from manyshot.rundir import atomic_folder, read_json, write_text
-from manyshot.start_adapters import own_adapter
+from manyshot.start_adapters import start_factors
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterFactors, StoredTaskVector
 from manyshot.tensors import Checkpoint
 
@@ -226,9 +226,8 @@ def _state(source: ExportSource, task: str) -> ModelState:
     state = expert_state(ModelState(source.base), folder)
     if state.adapter is None or "expert" in read_json(folder / RECORD):
         return state
-    carried = source.folder.round(source.round_index - 1) / "carried_adapter"
-    own = own_adapter(source.recipe, source.folder, source.round_index, task)
-    return replace(state, start_adapter=own or (carried if carried.is_dir() else None))
+    how = source.recipe.local_update.adapter_start
+    return replace(state, start_adapter=start_factors(how, source.folder, source.round_index, task))
 
 
 def _write_difference(source: ExportSource, state: ModelState, target: Path) -> None:

@@ -14,6 +14,7 @@ from manyshot.misshapen import misshapen
 from manyshot.reading import Reference, TaskVectorReader, check_updates
 from manyshot.removed import refuse_removed
 from manyshot.rundir import RunFolder, read_json
+from manyshot.start_adapters import start_factors
 from manyshot.status import task_names
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, AdapterUpdate, ModelUpdate, StoredTaskVector, Update
 from manyshot.tensors import Checkpoint
@@ -73,13 +74,13 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     folder without a run and a round without experts, naming both.
     """
     folder = RunFolder(path)
-    tasks, merged_reference = _read_recipe(folder)
+    tasks, merged_reference, adapter_start = _read_recipe(folder)
     chosen = _last_round(folder) if round_index is None else round_index
     where = f"{path}, round {chosen}"
     if chosen < 1:
         raise RunFolderError(f"{where}: rounds count from 1; round 0 is the pretrained model and has no experts")
     before = folder.round(chosen - 1)
-    start, carried = before / "task_vector.safetensors", before / "carried_adapter"
+    start = before / "task_vector.safetensors"
     if chosen > 1 and not start.is_file():
         raise RunFolderError(f"{where}: round {chosen - 1} is not finished ({start} is missing)")
     gaps = folder.round(chosen) / "loss_gap.json"
@@ -94,7 +95,7 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
         elif model.name == "model":
             updates.append(ModelUpdate(model))
         else:
-            updates.append(AdapterUpdate(model, carried if chosen > 1 and carried.is_dir() else None))
+            updates.append(AdapterUpdate(model, start_factors(adapter_start, folder, chosen, task)))
     check_updates(pretrained, tasks, updates)
     stored = StoredTaskVector(start) if chosen > 1 else None
     reader = TaskVectorReader(pretrained, stored, tuple(tasks), tuple(updates), reference or merged_reference)
@@ -108,17 +109,18 @@ def _pretrained(folder: RunFolder) -> Checkpoint:
     return Checkpoint(Path(described["path"]))
 
 
-def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference]:
-    """Task names in order, and what the run's task vectors are relative to."""
+def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference, str]:
+    """Task names in order, what the run's task vectors are relative to, and how its adapters start a round."""
     if not folder.recipe.is_file():
         raise RunFolderError(f"{folder.path}: not a run folder (no recipe.yaml); to inspect models give --base")
     try:
         recipe = read_yaml(folder.recipe.read_text("utf-8"))
         tasks = task_names(recipe["tasks"])
         reference = (recipe.get("merge") or {}).get("reference", "pretrained")
+        adapter_start = str((recipe.get("local_update") or {}).get("adapter_start", "fresh"))
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise RunFolderError(f"{folder.recipe}: damaged ({type(error).__name__}: {error})") from None
-    return tasks, "start" if reference == "start" else "pretrained"
+    return tasks, "start" if reference == "start" else "pretrained", adapter_start
 
 
 def _last_round(folder: RunFolder) -> int:

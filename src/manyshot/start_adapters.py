@@ -30,6 +30,17 @@ def own_adapter(recipe: Recipe, folder: RunFolder, round_index: int, task: str) 
     return place / "adapter" if place is not None else None
 
 
+def start_factors(adapter_start: str, folder: RunFolder, round_index: int, task: str) -> Path | None:
+    """What a task's adapter of a round that is there began with: its own factors, or what was carried on to all tasks.
+
+    None where it drew fresh ones. `adapter_start` is the recipe's.
+    """
+    if adapter_start == "own" and (place := last_update(folder, round_index, task)) is not None:
+        return place / "adapter"
+    carried = folder.round(round_index - 1) / "carried_adapter"
+    return carried if carried.is_dir() else None
+
+
 def adapter_seed(recipe: Recipe, round_index: int, task: str) -> tuple[str | int, ...]:
     """What the first A of a task is drawn from: factors that are averaged, or that all tasks share, start equal."""
     update = recipe.local_update
