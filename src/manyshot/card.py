@@ -117,7 +117,7 @@ def _data_of(spec: TaskSpec) -> list[str]:
 
 def _introduction(run: Run, origin: Origin, round_index: int) -> str:
     protocol, update = run.recipe.protocol, run.recipe.local_update
-    how = "all weights" if update.method == "full" else f"LoRA of rank {update.rank}"
+    how = {"full": "all weights", "command": "a trainer of its own"}.get(update.method, f"LoRA of rank {update.rank}")
     steps = f"{protocol.local_steps} local steps per task over all rounds{_peculiarities(run)}"
     return f"""{origin.link}, fine-tuned on {len(run.names)} tasks and merged into one model with
 [manyshot]({PROJECT}) by many-shot merging ({PAPER}): in every round each task fine-tunes ({how}) from the last merged

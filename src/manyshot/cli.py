@@ -64,11 +64,18 @@ def _root(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a recipe run the Python code that came with its model.")
     ] = False,
+    allow_command: Annotated[
+        bool, typer.Option("--allow-command", help="Let a recipe run the trainer that its local_update.command says.")
+    ] = False,
 ) -> None:
     if trust_remote_code:
         from manyshot.remote_code import allow
 
         allow()
+    if allow_command:
+        from manyshot.trainer_command import allow as allow_commands
+
+        allow_commands()
 
 
 @app.command()

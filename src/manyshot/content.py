@@ -20,7 +20,7 @@ LATER: dict[str, dict[str, Any]] = {
         "on_regression": "warn",
         "regression_tolerance": 0.02,
     },
-    "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0},
+    "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0, "command": None},
     "evaluation": {},
 }
 # (settings of an operator, number): with these it computes something else than it did under the same names. The number
@@ -35,8 +35,9 @@ SILENT: dict[str, tuple[str, ...]] = {"local_update": ("time_limit",)}
 
 def keyed(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of one section (of `tasks`, of one task) as JSON data, without those that say nothing new."""
-    later = LATER[section]
-    found = {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    later, silent = LATER[section], SILENT.get(section, ())
+    said = {name: value for name, value in settings.items() if name not in silent}
+    found = {name: value for name, value in said.items() if name not in later or value != later[name]}
     if section == "operator":
         numbers = [number for where, number in MEANINGS if where.items() <= dict(settings).items()]
         found |= {"meaning": max(numbers)} if numbers else {}

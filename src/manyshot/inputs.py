@@ -105,6 +105,8 @@ def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
                 f"{base.path}: tensor '{name}' has shape {checkpoint.info(name).shape}, "
                 f"its config asks for {expected[name]}"
             )
+    if recipe.local_update.method == "command":
+        return _changed_by_command(recipe, checkpoint, model)
     if recipe.local_update.method == "full":
         changed = list(checkpoint.names)
     else:
@@ -118,6 +120,15 @@ def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
             )
     _check_overrides(recipe, changed)
     return sum(checkpoint.info(name).num_elements for name in changed)
+
+
+def _changed_by_command(recipe: Recipe, checkpoint: Checkpoint, model: Any) -> int:
+    """What a trainer of the user's own changes is not known before: the adapted layers, where the recipe names such."""
+    try:
+        names = [f"{module}.weight" for module in check_target_modules(model, recipe.local_update)]
+    except ModelError:
+        names = list(checkpoint.names)
+    return sum(checkpoint.info(name).num_elements for name in names if name in checkpoint)
 
 
 def _check_overrides(recipe: Recipe, changed: Sequence[str]) -> None:

@@ -6,6 +6,8 @@ import math
 from statistics import fmean
 from typing import Any
 
+from manyshot.errors import ModelError
+from manyshot.inputs import Inputs, check_inputs
 from manyshot.line_search import MOST_TRIES
 from manyshot.models import (
     check_target_modules,
@@ -84,7 +86,7 @@ def warnings(recipe: Recipe) -> list[str]:
     for r in range(1, protocol.rounds + 1):
         steps, before = protocol.steps_in_round(r), protocol.steps_before_round(r)
         full_rate = math.fsum(learning_rate_multipliers(update, steps, before, protocol.local_steps))
-        if protocol.rounds > 1 and full_rate < STARVED_STEPS:
+        if protocol.rounds > 1 and full_rate < STARVED_STEPS and update.method != "command":
             found.append(
                 f"round {r} is starved: its {steps} steps amount to {full_rate:.1f} steps at the full learning rate "
                 f"(warm-up and decay included), and fewer than {STARVED_STEPS:g} hardly move an expert before it is "
@@ -156,7 +158,10 @@ def _adapter_entries(recipe: Recipe, inputs: Inputs) -> int:
     if recipe.local_update.method == "full":
         return 0
     model = meta_model(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
-    names = check_target_modules(model, recipe.local_update)
+    try:
+        names = check_target_modules(model, recipe.local_update)
+    except ModelError:  # otherwise refused before: a command need not train these
+        return 0
     rank = max(recipe.rank_of(task) for task in recipe.tasks)
     return sum(rank * sum(model.get_submodule(name).weight.shape) for name in names)
 
@@ -166,7 +171,7 @@ def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
     changed, lora = inputs.changed_entries, _adapter_entries(recipe, inputs)
     evaluation, rounds = recipe.evaluation, recipe.protocol.rounds
     trainings = len(recipe.tasks) * (rounds + (1 if evaluation.experts else 0))
-    expert_bytes = 4 * (lora if recipe.local_update.method == "lora" else changed)
+    expert_bytes = 4 * (lora or changed)
     carried = rounds if recipe.merge.space == "factors" or recipe.local_update.adapter_start != "fresh" else 0
     parts = {
         "experts": trainings * expert_bytes + carried * expert_bytes,

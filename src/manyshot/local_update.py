@@ -14,7 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from manyshot.command_update import TrainerCall, update_by_command
 from manyshot.errors import ModelError, RunFolderError
+from manyshot.examples import Example
+from manyshot.launcher import run_launched
 from manyshot.loss_gap import TokenSums, ValidationLoss, mean_loss, token_sums
 from manyshot.manifest import files_in, seal
 from manyshot.models import (
@@ -35,7 +38,7 @@ from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
 from manyshot.seeding import derive_seed, permutation
 from manyshot.start_adapters import adapter_seed, freeze_factor
-from manyshot.tasks import Encoded, Task, encode_all, training_order
+from manyshot.tasks import Encoded, Task, as_row, encode_all, training_order
 from manyshot.tensors import Checkpoint, file_digest
 from manyshot.tracker_backends import Part
 from manyshot.trackers import tracker_callbacks
@@ -94,12 +97,12 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
         tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
-        examples = _training_examples(job, tokenizer) if job.adopted is None else []
+        examples = training_examples(job, tokenizer) if job.adopted is None else []
         if job.adopted is not None:
             return _adopt(job, job.adopted, placement, tokenizer, progress)
         with progress.timed("load", job.round_index, job.task.name):
-            model = _start_model(job, placement)
-        trainer = _train(model, tokenizer, examples, job, placement, progress)
+            model = start_model(job, placement)
+        trainer = train(model, tokenizer, examples, job, placement, progress)
         losses = trainer.finite_losses(where)
         record = _record(job, examples, losses)
         with progress.timed("save", job.round_index, job.task.name):
@@ -107,6 +110,8 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
             if job.keeps_optimizer:
                 write_state(trainer.optimizer, model, job.folder / OPTIMIZER_NAME, job.optimizer_state)
                 record["optimizer_state"] = file_digest(job.folder / OPTIMIZER_NAME)
+        if update.method == "command":
+            return _by_command(job, placement, tokenizer, examples, progress)
         if job.validated:
             plain = model if job.recipe.local_update.method == "full" else model.get_base_model()
             record["validation"] = task_loss(
@@ -150,24 +155,57 @@ def adopted_state(start: ModelState, expert: Path) -> ModelState:
     if is_adapter(expert):
         return replace(start, adapter=expert)
     return replace(start, full=expert)
+def _by_command(
+    job: LocalUpdateJob, placement: Placement, tokenizer: Any, examples: list[Encoded], progress: Progress
+) -> dict[str, Any]:
+    """The local update of a trainer of the user's own: run, taken back, measured as any other."""
+    call = TrainerCall(
+        *(job.recipe, job.task.name, job.start, job.base_name, job.folder, job.round_index),
+        *(job.num_steps, job.steps_before, job.total_steps),
+        rows=[as_row(example, tokenizer, task.spec) for task, example in _chosen_examples(job)],
+    )
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    steps = {"total": job.num_steps, "tokens": num_tokens, "steps": job.num_steps}
+    with progress.timed("local_update", job.round_index, job.task.name, **steps) as timed:
+        returned = update_by_command(call, lambda: timed.tick(0))
+        timed.tick(job.num_steps)
+    record = make_record(job, examples, []) | {"returned": returned}
+    if job.validated:
+        with progress.timed("load", job.round_index, job.task.name):
+            model = load_model(kept_state(job.start, job.folder), placement)
+        loss = task_loss(model, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert")
+        record["validation"] = loss.to_json()
+    write_json(job.folder / RECORD, record)
+    _seal(job.folder)
+    return record
 
 
-def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
-    """The examples of this round's steps, in order, tokenised; of mixed tasks, each one's share, shuffled together."""
+
+
+def training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
+    """The examples of this round's steps, in order, tokenised."""
+    recipe = job.recipe
+    return [
+        encode_all([example], tokenizer, task, "train", recipe.max_length_of(task.name), recipe.local_update.loss_on)[0]
+        for task, example in _chosen_examples(job)
+    ]
+
+
+def _chosen_examples(job: LocalUpdateJob) -> list[tuple[Task, Example]]:
+    """The examples of this round's steps with their tasks, in order; of mixed tasks, each one's share, shuffled."""
     size = job.recipe.local_update.batch_size
     if not job.mixed:
-        return _examples_of(job, job.task, job.num_steps * size, job.steps_before * size, tokenizer)
+        return _examples_of(job, job.task, job.num_steps * size, job.steps_before * size)
     needed = {task.name: job.recipe.protocol_of(task.name).local_steps * size for task in job.mixed}
-    mixed = [one for task in job.mixed for one in _examples_of(job, task, needed[task.name], 0, tokenizer)]
+    mixed = [one for task in job.mixed for one in _examples_of(job, task, needed[task.name], 0)]
     return [mixed[position] for position in permutation(len(mixed), job.recipe.seed, "joint")]
 
 
-def _examples_of(job: LocalUpdateJob, task: Task, needed: int, skip: int, tokenizer: Any) -> list[Encoded]:
+def _examples_of(job: LocalUpdateJob, task: Task, needed: int, skip: int) -> list[tuple[Task, Example]]:
     """The next examples of one task's stream."""
     update = job.recipe.local_update
     order = training_order(len(task.train), needed, job.recipe.seed, task.name, skip=skip)
-    examples = [task.train[position] for position in order]
-    return encode_all(examples, tokenizer, task, "train", job.recipe.max_length_of(task.name), update.loss_on)
+    return [(task, task.train[position]) for position in order]
 
 
 def _start_model(job: LocalUpdateJob, placement: Placement) -> Any:
@@ -292,3 +330,8 @@ def expert_state(start: ModelState, folder: Path) -> ModelState:
     if (folder / "model").is_dir():
         return replace(start, full=folder / "model", task_vector=None, start_adapter=None)
     return replace(start, adapter=folder / "adapter")
+    return kept_state(start, folder)
+
+
+def kept_state(start: ModelState, folder: Path) -> ModelState:
+    """The expert whose adapter or whole model lies in `folder`."""

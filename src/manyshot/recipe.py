@@ -256,8 +256,9 @@ def _training_problems(recipe: Recipe) -> Problems:
     if unlike and averaged:
         text = "tasks differ in rank or alpha; that needs space: weights and adapter_start: fresh or own"
         found.append(("tasks", text))
-    if update.method == "full" and carried:
-        found.append(("local_update.method", "full needs space: weights and adapter_start: fresh (it has no adapters)"))
+    if update.method != "lora" and carried:
+        text = f"{update.method} needs space: weights and adapter_start: fresh (it has no adapters of its own)"
+        found.append(("local_update.method", text))
     if factors and update.adapter_start != "fresh":
         found.append(("local_update.adapter_start", "space: factors always goes on from the merged factors; use fresh"))
     if any(spec.expert for spec in recipe.tasks.values()) and carried:

@@ -259,6 +259,15 @@ def as_chat(example: Example, tokenizer: Tokenizer, spec: TaskSpec) -> bool:
     return spec.format == "chat"
 
 
+def as_row(example: Example, tokenizer: Tokenizer, spec: TaskSpec) -> dict[str, Any]:
+    """An example as TRL reads it: `prompt` and `completion` (messages or texts), or `text` where there is no prompt."""
+    if as_chat(example, tokenizer, spec):
+        return {"prompt": list(_prompt_messages(example)), "completion": list(_answer_messages(example))}
+    if example.prompt == "":
+        return {"text": example.completion_text}
+    return {"prompt": _plain_prompt(example), "completion": example.completion_text}
+
+
 def encode_prompt(example: Example, tokenizer: Tokenizer, spec: TaskSpec, where: str) -> list[int]:
     """Token ids that generation starts from."""
     if as_chat(example, tokenizer, spec):

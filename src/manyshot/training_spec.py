@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from manyshot.task_spec import Count, Section
+from manyshot.trainer_command import command_problem
 
 
 class Protocol(Section):
@@ -45,10 +46,27 @@ class Protocol(Section):
         return self.model_copy(update={"local_steps": max(self.rounds, round(part * self.local_steps))})
 
 
+# what only method: command has, and what a trainer of one's own decides for itself
+FOR_COMMAND = {"command": "is for method: command", "time_limit": "is for method: command"}
+BY_COMMAND = {
+    "adapter_start": "is for adapters that are trained here; a command starts from the merged model itself (fresh)",
+    "train_factors": "is for adapters that are trained here; a command decides what it trains",
+    "optimizer_state": "is for training here; a command starts its optimizer itself",
+    "proximal": "is for training here; a command decides its loss itself",
+    "trainer": "are arguments of the trainer here; a command has its own",
+}
+
+
 class LocalUpdate(Section):
     """How one task fine-tunes from the round's start model."""
 
-    method: Literal["lora", "full"] = Field("lora", description="full trains all weights")
+    method: Literal["lora", "full", "command"] = Field(
+        "lora", description="full trains all weights; command: a program of your own trains (docs/any_trainer.md)"
+    )
+    command: str | None = Field(
+        None, description="that program and its arguments, with {start}, {output}, {data}, {steps}, {seed}, … in them"
+    )
+    time_limit: float | None = Field(None, gt=0, description="seconds after which the command is ended and has failed")
     rank: Count = Field(16, description="of every adapter")
     alpha: float = Field(16, gt=0, description="an adapter adds alpha/rank · B·A")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter, in training")
@@ -96,4 +114,18 @@ class LocalUpdate(Section):
                 "batch_size {batch} is not a multiple of micro_batch_size {micro}",
                 {"batch": self.batch_size, "micro": micro},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_command_trains(self) -> LocalUpdate:
+        if self.method == "command":
+            problem = (
+                "is missing, and method: command runs it" if self.command is None else command_problem(self.command)
+            )
+            if problem:
+                raise PydanticCustomError("command", "command {problem}", {"problem": problem})
+        told = BY_COMMAND if self.method == "command" else FOR_COMMAND
+        for name, why in told.items():
+            if getattr(self, name) != LocalUpdate.model_fields[name].get_default(call_default_factory=True):
+                raise PydanticCustomError("command", "{name} {why}", {"name": name, "why": why})
         return self
