@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 from manyshot.errors import ModelError
-from manyshot.inputs import Inputs, check_inputs
 from manyshot.line_search import MOST_TRIES
 from manyshot.models import (
     check_target_modules,

@@ -17,7 +17,6 @@ import torch
 from manyshot.command_update import TrainerCall, update_by_command
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.examples import Example
-from manyshot.launcher import run_launched
 from manyshot.loss_gap import TokenSums, ValidationLoss, mean_loss, token_sums
 from manyshot.manifest import files_in, seal
 from manyshot.models import (
@@ -97,12 +96,14 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
         tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
-        examples = training_examples(job, tokenizer) if job.adopted is None else []
+        examples = _training_examples(job, tokenizer) if job.adopted is None else []
         if job.adopted is not None:
             return _adopt(job, job.adopted, placement, tokenizer, progress)
+        if update.method == "command":
+            return _by_command(job, placement, tokenizer, examples, progress)
         with progress.timed("load", job.round_index, job.task.name):
-            model = start_model(job, placement)
-        trainer = train(model, tokenizer, examples, job, placement, progress)
+            model = _start_model(job, placement)
+        trainer = _train(model, tokenizer, examples, job, placement, progress)
         losses = trainer.finite_losses(where)
         record = _record(job, examples, losses)
         with progress.timed("save", job.round_index, job.task.name):
@@ -110,8 +111,6 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
             if job.keeps_optimizer:
                 write_state(trainer.optimizer, model, job.folder / OPTIMIZER_NAME, job.optimizer_state)
                 record["optimizer_state"] = file_digest(job.folder / OPTIMIZER_NAME)
-        if update.method == "command":
-            return _by_command(job, placement, tokenizer, examples, progress)
         if job.validated:
             plain = model if job.recipe.local_update.method == "full" else model.get_base_model()
             record["validation"] = task_loss(
@@ -145,16 +144,6 @@ def _adopt(
     return record
 
 
-def _seal(folder: Path) -> None:
-    parts = ("adapter", "model", OPTIMIZER_NAME, RECORD)
-    seal(folder, "local update", files_in(*(folder / part for part in parts)))
-
-
-def adopted_state(start: ModelState, expert: Path) -> ModelState:
-    """A model folder, or a PEFT adapter on the pretrained model."""
-    if is_adapter(expert):
-        return replace(start, adapter=expert)
-    return replace(start, full=expert)
 def _by_command(
     job: LocalUpdateJob, placement: Placement, tokenizer: Any, examples: list[Encoded], progress: Progress
 ) -> dict[str, Any]:
@@ -169,7 +158,7 @@ def _by_command(
     with progress.timed("local_update", job.round_index, job.task.name, **steps) as timed:
         returned = update_by_command(call, lambda: timed.tick(0))
         timed.tick(job.num_steps)
-    record = make_record(job, examples, []) | {"returned": returned}
+    record = _record(job, examples, []) | {"returned": returned}
     if job.validated:
         with progress.timed("load", job.round_index, job.task.name):
             model = load_model(kept_state(job.start, job.folder), placement)
@@ -180,9 +169,19 @@ def _by_command(
     return record
 
 
+def _seal(folder: Path) -> None:
+    parts = ("adapter", "model", OPTIMIZER_NAME, RECORD)
+    seal(folder, "local update", files_in(*(folder / part for part in parts)))
 
 
-def training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
+def adopted_state(start: ModelState, expert: Path) -> ModelState:
+    """A model folder, or a PEFT adapter on the pretrained model."""
+    if is_adapter(expert):
+        return replace(start, adapter=expert)
+    return replace(start, full=expert)
+
+
+def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
     """The examples of this round's steps, in order, tokenised."""
     recipe = job.recipe
     return [
@@ -203,7 +202,6 @@ def _chosen_examples(job: LocalUpdateJob) -> list[tuple[Task, Example]]:
 
 def _examples_of(job: LocalUpdateJob, task: Task, needed: int, skip: int) -> list[tuple[Task, Example]]:
     """The next examples of one task's stream."""
-    update = job.recipe.local_update
     order = training_order(len(task.train), needed, job.recipe.seed, task.name, skip=skip)
     return [(task, task.train[position]) for position in order]
 
@@ -327,11 +325,11 @@ def expert_state(start: ModelState, folder: Path) -> ModelState:
     """The expert that a finished local update left in `folder`, or says where it is."""
     if "expert" in (record := read_json(folder / RECORD)):
         return adopted_state(start, Path(record["expert"]))
-    if (folder / "model").is_dir():
-        return replace(start, full=folder / "model", task_vector=None, start_adapter=None)
-    return replace(start, adapter=folder / "adapter")
     return kept_state(start, folder)
 
 
 def kept_state(start: ModelState, folder: Path) -> ModelState:
     """The expert whose adapter or whole model lies in `folder`."""
+    if (folder / "model").is_dir():
+        return replace(start, full=folder / "model", task_vector=None, start_adapter=None)
+    return replace(start, adapter=folder / "adapter")

@@ -289,6 +289,8 @@ def _update(expert: Expert, pretrained: Checkpoint) -> Update:
     if "expert" in expert.record:
         return open_experts(pretrained, {expert.task: Path(expert.record["expert"])})[0]
     if expert.state.full is not None:
+        if "returned" in expert.record:  # a trainer of the user's own may write tied tensors once, or twice
+            return open_experts(pretrained, {expert.task: expert.state.full})[0]
         return ModelUpdate(expert.state.full)
     return AdapterUpdate(_adapter(expert), expert.state.start_adapter)
 
@@ -298,8 +300,6 @@ def _report_merge(run: Run, round_index: int, record: Json) -> None:
     effective = effective_tasks(list(record["weights"].values()))
     shares = ", ".join(f"{task} {weight:.3f}" for task, weight in record["weights"].items())
     name = f"round {round_index}" if round_index else "post-hoc"
-        if "returned" in expert.record:  # a trainer of the user's own may write tied tensors once, or twice
-            return open_experts(pretrained, {expert.task: expert.state.full})[0]
     run.progress.message(
         f"{name}: weights {shares} ({effective:.2f} effective tasks); {record['kept_share']:.1%} of coordinates kept"
     )
