@@ -74,6 +74,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainer_command": {"errors"},
     "training_spec": {"task_spec", "trainer_command"},
+    "launch_spec": {"errors", "training_spec", "yaml_text"},
+    "launch_files": set(),
+    "launcher": {"errors", "launch_files", "launch_spec", "process_mark", "progress", "rundir", "training_spec"},
+    "launched": {"launch_files", "launched_update", "process_mark", "progress", "rundir"},
+    "launched_update": {
+        *{"errors", "launch_spec", "local_update", "loss_gap", "models", "optimizer_state", "progress", "rundir"},
+        *{"start_adapters", "tasks", "tensors", "trainer"},
+    },
     "returned_expert": {"errors", "folder_links", "match", "peft_adapter", "rundir", "task_vector", "tensors"},
     "command_update": {
         *{"errors", "export", "models", "recipe", "returned_expert", "rundir", "seeding", "task_vector", "tensors"},
@@ -139,6 +147,7 @@ ALLOWED: dict[str, set[str]] = {
     "loss_gap": {"errors", "tasks"},
     "trainer": {"errors", "loss_gap", "models", "optimizer_state", "recipe", "tasks"},
     "local_update": {
+        "launcher",
         *{
             "errors",
             "loss_gap",
@@ -436,7 +445,7 @@ DOORS: dict[str, set[str]] = {
     "datasets": {"data_files", "harness", "hub", "models", "trainer"},
     "lm_eval": {"harness"},
     "nltk": {"harness"},
-    "accelerate": set(),
+    "accelerate": {"launcher"},
     "tokenizers": set(),
     "huggingface_hub": {"base_model", "hub", "cli_runs", "push"},
     "pyarrow": {"data_files"},
@@ -447,6 +456,8 @@ DOORS: dict[str, set[str]] = {
         "compare_methods",
         "compare_recipe",
         "compare_spec",
+        "launched_update",
+        "launcher",
         "merge_recipe",
         "recipe",
         "recipe_file",

@@ -17,6 +17,7 @@ import torch
 from manyshot.command_update import TrainerCall, update_by_command
 from manyshot.errors import ModelError, RunFolderError
 from manyshot.examples import Example
+from manyshot.launcher import run_launched
 from manyshot.loss_gap import TokenSums, ValidationLoss, mean_loss, token_sums
 from manyshot.manifest import files_in, seal
 from manyshot.models import (
@@ -24,6 +25,7 @@ from manyshot.models import (
     Placement,
     add_adapter,
     choose_placement,
+    find_parameter,
     load_model,
     load_tokenizer,
     quiet_transformers,
@@ -68,6 +70,10 @@ class LocalUpdateJob:
     tracked: Part | None = None  # as what trackers know it
 
     @property
+    def where(self) -> str:
+        return f"round {self.round_index}, task '{self.task.name}'"
+
+    @property
     def keeps_optimizer(self) -> bool:
         """Whether a round follows that goes on with the optimizer's state."""
         kept = self.recipe.local_update.optimizer_state == "kept"
@@ -92,20 +98,25 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
         return done
     update = job.recipe.local_update
     placement = choose_placement(update)
-    where = f"round {job.round_index}, task '{job.task.name}'"
+    where = job.where
+    if update.launcher == "accelerate" and job.adopted is None:
+        run_launched(job, update, job.folder, where, progress)  # each of its processes does what follows here
+        _seal(job.folder)
+        launched: dict[str, Any] = read_json(job.folder / RECORD)
+        return launched
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside trl and transformers
         tokenizer = load_tokenizer(job.start.pretrained, trust_remote_code=job.start.trust_remote_code)
-        examples = _training_examples(job, tokenizer) if job.adopted is None else []
+        examples = training_examples(job, tokenizer) if job.adopted is None else []
         if job.adopted is not None:
             return _adopt(job, job.adopted, placement, tokenizer, progress)
         if update.method == "command":
             return _by_command(job, placement, tokenizer, examples, progress)
         with progress.timed("load", job.round_index, job.task.name):
-            model = _start_model(job, placement)
-        trainer = _train(model, tokenizer, examples, job, placement, progress)
+            model = start_model(job, placement)
+        trainer = train(model, tokenizer, examples, job, placement, progress)
         losses = trainer.finite_losses(where)
-        record = _record(job, examples, losses)
+        record = make_record(job, examples, losses)
         with progress.timed("save", job.round_index, job.task.name):
             _save_expert(model, job, where)
             if job.keeps_optimizer:
@@ -158,7 +169,7 @@ def _by_command(
     with progress.timed("local_update", job.round_index, job.task.name, **steps) as timed:
         returned = update_by_command(call, lambda: timed.tick(0))
         timed.tick(job.num_steps)
-    record = _record(job, examples, []) | {"returned": returned}
+    record = make_record(job, examples, []) | {"returned": returned}
     if job.validated:
         with progress.timed("load", job.round_index, job.task.name):
             model = load_model(kept_state(job.start, job.folder), placement)
@@ -181,7 +192,7 @@ def adopted_state(start: ModelState, expert: Path) -> ModelState:
     return replace(start, full=expert)
 
 
-def _training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
+def training_examples(job: LocalUpdateJob, tokenizer: Any) -> list[Encoded]:
     """The examples of this round's steps, in order, tokenised."""
     recipe = job.recipe
     return [
@@ -206,7 +217,7 @@ def _examples_of(job: LocalUpdateJob, task: Task, needed: int, skip: int) -> lis
     return [(task, task.train[position]) for position in order]
 
 
-def _start_model(job: LocalUpdateJob, placement: Placement) -> Any:
+def start_model(job: LocalUpdateJob, placement: Placement) -> Any:
     """The start model with fresh (or carried) adapters, or with all weights trainable."""
     recipe = job.recipe
     if recipe.local_update.method == "full":
@@ -219,15 +230,16 @@ def _start_model(job: LocalUpdateJob, placement: Placement) -> Any:
     return adapted
 
 
-def _train(
+def train(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Encoded],
     job: LocalUpdateJob,
     placement: Placement,
     progress: Progress,
+    num_processes: int = 1,
 ) -> CompletionTrainer:
-    """Run the trainer."""
+    """Run the trainer; in `num_processes` at once, each with its part of every batch."""
     update = job.recipe.local_update
     num_tokens = sum(len(example.input_ids) for example in examples)
     multipliers = learning_rate_multipliers(update, job.num_steps, job.steps_before, job.total_steps)
@@ -252,6 +264,7 @@ def _train(
                 job.optimizer_state, 1.0 if job.mixed else job.task.spec.loss_scale, job.recipe.local_update.proximal
             ),
             callbacks=callbacks,
+            num_processes=num_processes,
         )
         trainer.train()
     return trainer
@@ -260,7 +273,8 @@ def _train(
 def _save_expert(model: Any, job: LocalUpdateJob, where: str) -> None:
     try:
         if job.recipe.local_update.method == "full":
-            save_full(model, job.folder / "model", Checkpoint(job.start.pretrained).names)
+            names = Checkpoint(job.start.pretrained).names
+            save_full(model, job.folder / "model", {name: find_parameter(model, name).detach() for name in names})
         else:
             save_adapter(model, job.folder / "adapter", job.base_name)
     except ModelError as error:
@@ -306,7 +320,7 @@ def encode_held_out(task: Task, tokenizer: Any, recipe: Recipe, split: Split = "
     return encode_all(examples, tokenizer, task, split, recipe.max_length_of(task.name), recipe.evaluation.loss_on)
 
 
-def _record(job: LocalUpdateJob, examples: Sequence[Encoded], losses: Sequence[float]) -> dict[str, Any]:
+def make_record(job: LocalUpdateJob, examples: Sequence[Encoded], losses: Sequence[float]) -> dict[str, Any]:
     """What local_update.json says; no times, so that an interrupted run ends with the same bytes."""
     return {
         "key": job.key,

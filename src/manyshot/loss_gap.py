@@ -114,33 +114,42 @@ def token_sums(
     Raises DataError naming the example for a NaN or Inf. `tick` is told how many examples have been done.
     """
     sums = [TokenSums(0.0, 0)] * len(encoded)
-    with _evaluating(model), torch.inference_mode():
-        for positions, logits_NV, labels_N, rows_N in _batches_of_logits(model, encoded, pad_id, batch_size):
-            losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none").double()
-            hits_N = (logits_NV.argmax(-1) == labels_N).long()
-            nats_B = torch.zeros(len(positions), dtype=torch.float64).index_add_(0, rows_N.cpu(), losses_N.cpu())
-            hits_B = torch.zeros(len(positions), dtype=torch.long).index_add_(0, rows_N.cpu(), hits_N.cpu())
-            for i, nats, hits in zip(positions, nats_B.tolist(), hits_B.tolist(), strict=True):
-                if not math.isfinite(nats):
-                    raise DataError(f"{where}, row {encoded[i].index + 1}: the loss is {nats}")
-                sums[i] = TokenSums(nats, hits)
+    head = model.get_output_embeddings()
+    with evaluating(model), torch.inference_mode():
+        for positions in make_batches(encoded, batch_size):
+            examples = [encoded[i] for i in positions]
+            found = batch_sums(model, head, examples, pad_id=pad_id, device=model.device, where=where)
+            for i, one in zip(positions, found, strict=True):
+                sums[i] = one
             if tick is not None:
                 tick(len(positions))
     return sums
 
 
-def _batches_of_logits(
-    model: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, batch_size: int
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Every batch's positions in `encoded`, and its counted logits, tokens and rows as counted_logits() gives them."""
-    head = model.get_output_embeddings()
-    for positions in make_batches(encoded, batch_size):
-        batch = {name: t.to(model.device) for name, t in pad_right([encoded[i] for i in positions], pad_id).items()}
-        yield (positions, *counted_logits(model, head, batch))
+def batch_sums(
+    forward: Callable[..., Any],
+    head: torch.nn.Module,
+    examples: Sequence[Encoded],
+    *,
+    pad_id: int,
+    device: torch.device,
+    where: str,
+) -> list[TokenSums]:
+    """Both sums for each example of one batch. Raises DataError naming the example for a NaN or Inf."""
+    batch = {name: tensor.to(device) for name, tensor in pad_right(examples, pad_id).items()}
+    logits_NV, labels_N, rows_N = counted_logits(forward, head, batch)
+    losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none").double()
+    hits_N = (logits_NV.argmax(-1) == labels_N).long()
+    nats_B = torch.zeros(len(examples), dtype=torch.float64).index_add_(0, rows_N.cpu(), losses_N.cpu())
+    hits_B = torch.zeros(len(examples), dtype=torch.long).index_add_(0, rows_N.cpu(), hits_N.cpu())
+    for example, nats in zip(examples, nats_B.tolist(), strict=True):
+        if not math.isfinite(nats):
+            raise DataError(f"{where}, row {example.index + 1}: the loss is {nats}")
+    return [TokenSums(nats, hits) for nats, hits in zip(nats_B.tolist(), hits_B.tolist(), strict=True)]
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, and back to what the model was in, whatever happens."""
     was_training = model.training
     model.eval()

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
@@ -372,10 +372,9 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def save_full(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> None:
+def save_full(model: PreTrainedModel, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Save every trained tensor of a fully fine-tuned model in its training type, under the base checkpoint's names."""
     with atomic_folder(folder) as partial:
-        tensors = {name: find_parameter(model, name).detach() for name in names}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"tensor '{name}': holds NaN or Inf after training; the local update diverged")

@@ -77,7 +77,7 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._head = plain.get_output_embeddings()
+        self.output_head = plain.get_output_embeddings()
         self.step_losses: list[float] = []
         self._started: list[torch.Tensor] = []
 
@@ -108,9 +108,11 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
             if return_outputs:
                 return loss
         else:
-            logits_NV, labels_N, _ = counted_logits(model, self._head, inputs)
+            logits_NV, labels_N, _ = counted_logits(model, self.output_head, inputs)
             total = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
             loss = total / (labels_N.numel() if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None and self.accelerator.num_processes > 1:
+                loss = loss * self.accelerator.num_processes  # tokens of all processes, which take a mean over theirs
         if self.extras.loss_scale != 1:
             loss = loss * self.extras.loss_scale
         if self.extras.proximal:
@@ -163,11 +165,12 @@ def make_trainer(
     on_step: Callable[[int, float | None], None],
     extras: Extras | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    num_processes: int = 1,
 ) -> CompletionTrainer:
     """A trainer that takes exactly `len(multipliers)` steps over the examples, in their order."""
     trainer = CompletionTrainer(
         model=model,
-        args=trainer_arguments(update, len(multipliers), placement, seed, scratch),
+        args=trainer_arguments(update, len(multipliers), placement, seed, scratch, num_processes),
         train_dataset=_dataset(examples),
         processing_class=tokenizer,
         data_collator=lambda rows: pad_right([_encoded(row) for row in rows], tokenizer.pad_token_id),
@@ -189,13 +192,15 @@ def _encoded(row: dict[str, list[int]]) -> Encoded:
     return Encoded(0, tuple(row["input_ids"]), row["labels"].count(IGNORED), False)
 
 
-def trainer_arguments(update: LocalUpdate, num_steps: int, placement: Placement, seed: int, scratch: str) -> SFTConfig:
+def trainer_arguments(
+    update: LocalUpdate, num_steps: int, placement: Placement, seed: int, scratch: str, num_processes: int = 1
+) -> SFTConfig:
     """TRL's arguments from the recipe; `local_update.trainer` passes through what has no place of its own.
 
     bf16, gradient checkpointing and reporting are set here, since TRL's and transformers' own defaults differ.
     """
     check_trainer_arguments(update)
-    micro = update.micro_batch_size or update.batch_size
+    micro = update.micro_batch_size or update.batch_size // num_processes
     on_gpu = placement.device.startswith("cuda")
     own: dict[str, Any] = {
         "activation_checkpointing": on_gpu,
@@ -212,7 +217,7 @@ def trainer_arguments(update: LocalUpdate, num_steps: int, placement: Placement,
                 "max_steps": num_steps,
                 "learning_rate": update.learning_rate,
                 "per_device_train_batch_size": micro,
-                "gradient_accumulation_steps": update.batch_size // micro,
+                "gradient_accumulation_steps": update.batch_size // (micro * num_processes),
                 "max_length": None,
                 "bf16": placement.dtype == torch.bfloat16,
                 "fp16": placement.dtype == torch.float16,

@@ -47,13 +47,14 @@ class Protocol(Section):
 
 
 # what only method: command has, and what a trainer of one's own decides for itself
-FOR_COMMAND = {"command": "is for method: command", "time_limit": "is for method: command"}
+FOR_COMMAND = {"command": "is for method: command"}
 BY_COMMAND = {
     "adapter_start": "is for adapters that are trained here; a command starts from the merged model itself (fresh)",
     "train_factors": "is for adapters that are trained here; a command decides what it trains",
     "optimizer_state": "is for training here; a command starts its optimizer itself",
     "proximal": "is for training here; a command decides its loss itself",
     "trainer": "are arguments of the trainer here; a command has its own",
+    "launcher": "is for training here; a command starts its processes itself",
 }
 
 
@@ -66,7 +67,9 @@ class LocalUpdate(Section):
     command: str | None = Field(
         None, description="that program and its arguments, with {start}, {output}, {data}, {steps}, {seed}, … in them"
     )
-    time_limit: float | None = Field(None, gt=0, description="seconds after which the command is ended and has failed")
+    time_limit: float | None = Field(
+        None, gt=0, description="seconds after which a command or a launch is ended and has failed"
+    )
     rank: Count = Field(16, description="of every adapter")
     alpha: float = Field(16, gt=0, description="an adapter adds alpha/rank · B·A")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter, in training")
@@ -103,6 +106,12 @@ class LocalUpdate(Section):
     attn_implementation: str | None = Field(
         None, description="transformers' name: eager, sdpa, …; its own choice when not given"
     )
+    launcher: Literal["none", "accelerate"] = Field(
+        "none", description="accelerate: a local update runs in several processes of this machine (docs/distributed.md)"
+    )
+    launch: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of accelerate launch: num_processes, config_file, use_fsdp, fsdp_…"
+    )
     trainer: dict[str, Any] = Field(default_factory=dict, description="further arguments of TRL's SFTConfig")
 
     @model_validator(mode="after")
@@ -125,6 +134,11 @@ class LocalUpdate(Section):
             if problem:
                 raise PydanticCustomError("command", "command {problem}", {"problem": problem})
         told = BY_COMMAND if self.method == "command" else FOR_COMMAND
+        if self.method != "command" and self.launcher == "none":
+            told |= {
+                "time_limit": "is for method: command and launcher: accelerate",
+                "launch": "is for launcher: accelerate",
+            }
         for name, why in told.items():
             if getattr(self, name) != LocalUpdate.model_fields[name].get_default(call_default_factory=True):
                 raise PydanticCustomError("command", "{name} {why}", {"name": name, "why": why})
