@@ -281,6 +281,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"compare_tables", "errors", "rundir"},
     },
     "inputs": {
+        "launcher",
         *{"allocation", "base_model", "errors", "evaluate", "local_update", "match", "metrics", "models", "outer"},
         *{"recipe", "rundir", "tasks", "tensors", "trainer"},
     },

@@ -20,7 +20,10 @@ LATER: dict[str, dict[str, Any]] = {
         "on_regression": "warn",
         "regression_tolerance": 0.02,
     },
-    "local_update": {"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0, "command": None},
+    "local_update": {
+        **{"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0, "command": None},
+        **{"launcher": "none", "launch": {}},
+    },
     "evaluation": {},
 }
 # (settings of an operator, number): with these it computes something else than it did under the same names. The number

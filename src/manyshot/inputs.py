@@ -17,6 +17,7 @@ from manyshot.allocation import MOST_TIMES_EVEN
 from manyshot.base_model import BaseModel, find_base_model
 from manyshot.errors import DataError, ModelError
 from manyshot.evaluate import encode_choices, encode_references
+from manyshot.launcher import check_launch
 from manyshot.local_update import encode_held_out
 from manyshot.match import open_experts
 from manyshot.metrics import check_metric, find_metric
@@ -54,7 +55,9 @@ def check_inputs(recipe: Recipe) -> Inputs:
     Raises DataError for every task that cannot be used, all at once, then ModelError for the model.
     """
     check_trainer_arguments(recipe.local_update)
-    choose_placement(recipe.local_update)
+    placement = choose_placement(recipe.local_update)
+    if recipe.local_update.launcher == "accelerate":
+        check_launch(recipe.local_update, placement.device)
     tasks = check_tasks(recipe)
     base = find_base_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with quiet_transformers():

@@ -31,6 +31,7 @@ PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "d
 # what happens after a failure
 MAY_CHANGE = (
     *("trackers", "keep", "local_update.device", "local_update.time_limit"),
+    *("local_update.launcher", "local_update.launch"),
     *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),
 )
 # what environment.json says of the machine, which may be another
@@ -100,7 +101,9 @@ def may_change(line: str) -> bool:
 
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe under whose names finished work is found: the run's own, wherever it computes now."""
-    return recipe.on_device(recipe_of(folder)["local_update"]["device"])
+    begun = recipe_of(folder)["local_update"]
+    placed = {"device": begun["device"], "launcher": begun.get("launcher", "none"), "launch": begun.get("launch", {})}
+    return recipe.model_copy(update={"local_update": recipe.local_update.model_copy(update=placed)})
 
 
 def _note_machine(folder: RunFolder, before: Json, now: Json) -> list[str]:

@@ -135,7 +135,7 @@ class LocalUpdate(Section):
                 raise PydanticCustomError("command", "command {problem}", {"problem": problem})
         told = BY_COMMAND if self.method == "command" else FOR_COMMAND
         if self.method != "command" and self.launcher == "none":
-            told |= {
+            told = told | {
                 "time_limit": "is for method: command and launcher: accelerate",
                 "launch": "is for launcher: accelerate",
             }
