@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import TASKS
 from manyshot import determinism, local_failure
 from manyshot.cli import app
-from manyshot.determinism import DeterminismReport, Difference, compare_files, compare_values, verify_determinism
+from manyshot.determinism import DeterminismReport, Difference, compare_files, verify_determinism
 from manyshot.progress import Event
 from manyshot.rundir import write_json
 from manyshot.tensor_writer import write_tensors
@@ -88,7 +88,8 @@ def test_compare_files_of_records_tells_which_values(tmp_path: Path) -> None:
         "losses.1: 2.0, then 2.5",
         f"more: None, then '{'x' * 56}…",
     ]
-    assert compare_values([1], [1, 2], "key") == ["key: [1], then [1, 2]"]
+    write_json(tmp_path / "two.json", {"losses": [1.0], "same": {"deep": None}})
+    assert compare_files(tmp_path / "one.json", tmp_path / "two.json") == ["losses: [1.0, 2.0], then [1.0]"]
     (tmp_path / "one.txt").write_text("a", "utf-8")
     (tmp_path / "two.txt").write_text("b", "utf-8")
     assert compare_files(tmp_path / "one.txt", tmp_path / "two.txt") == ["other bytes"]

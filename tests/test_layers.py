@@ -88,7 +88,8 @@ ALLOWED: dict[str, set[str]] = {
         "trainer_command",
     },
     "determinism": {
-        *{"disk", "executors", "inputs", "progress", "recipe", "rounds", "rundir", "seeding", "steps", "tensors"},
+        *{"disk", "executors", "inputs", "progress", "recipe", "rounds", "run_identity", "rundir", "seeding", "steps"},
+        "tensors",
     },
     "local_failure": {"disk", "errors", "local_update", "manifest", "progress", "rundir", "secret_text"},
     "steps_regression": {

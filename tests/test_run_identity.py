@@ -51,6 +51,16 @@ def test_identity_reads_a_recipe_of_an_older_version_as_this_one(make_recipe: Ma
     assert run_as_now(before) == now
 
 
+def test_differences_name_every_leaf_of_objects_and_lists() -> None:
+    old = {"seed": 0, "tasks": {"a": {"data": "x"}}, "sizes": [1, 2], "rounds": [0.5]}
+    new = {"seed": 0, "tasks": {"a": {"data": "y", "rank": 3}}, "sizes": [1, 4], "rounds": [0.5, 0.25]}
+    assert differences(old, new) == [
+        *("rounds: [0.5] -> [0.5, 0.25]", "sizes.1: 2 -> 4"),
+        *("tasks.a.data: x -> y", "tasks.a.rank: None -> 3"),
+    ]
+    assert differences(old, old) == []
+
+
 def test_identity_fills_in_what_was_done_before_there_was_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LATER, "merge", {"lookahead": 0})
     raw = {"merge": {"space": "weights"}, "operator": {"name": "mean"}, "seed": 3}

@@ -21,6 +21,7 @@ from manyshot.inputs import check_inputs, check_space
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import Recipe
 from manyshot.rounds import run_round
+from manyshot.run_identity import unlike_leaves
 from manyshot.rundir import MEASURED, ROLLBACK, RunFolder, read_json
 from manyshot.seeding import preserved_random_state
 from manyshot.steps import Json, Run, measure
@@ -148,7 +149,8 @@ def compare_files(first: Path, second: Path) -> list[str]:
     if first.suffix == ".safetensors":
         found = compare_tensors(Checkpoint(first), Checkpoint(second))
     elif first.suffix == ".json":
-        found = compare_values(read_json(first), read_json(second))
+        values = unlike_leaves(read_json(first), read_json(second))
+        found = [f"{key}: {_short(one)}, then {_short(two)}" for key, one, two in values]
     else:
         found = []
     return found or ["other bytes"]
@@ -167,17 +169,6 @@ def compare_tensors(first: Checkpoint, second: Checkpoint) -> list[str]:
             largest = float((one.double() - two.double()).abs().max())
             found.append(f"tensor '{name}': {count} of {len(one)} entries differ, by up to {largest:.3g}")
     return found
-
-
-def compare_values(first: Any, second: Any, key: str = "") -> list[str]:
-    """`key: one value, then another` for every leaf in which two JSON values differ; `losses.3` is the fourth entry."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        pairs = [(name, first.get(name), second.get(name)) for name in sorted({*first, *second})]
-    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        pairs = [(str(i), one, two) for i, (one, two) in enumerate(zip(first, second, strict=True))]
-    else:
-        return [] if first == second else [f"{key}: {_short(first)}, then {_short(second)}"]
-    return [line for name, one, two in pairs for line in compare_values(one, two, f"{key}.{name}".lstrip("."))]
 
 
 def _short(value: Any) -> str:

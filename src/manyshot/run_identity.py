@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -161,14 +161,23 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """`key: old -> new` for every leaf in which two JSON values differ."""
+    return [f"{key}: {before} -> {now}" for key, before, now in unlike_leaves(old, new)]
+
+
+def unlike_leaves(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old, new) of every leaf in which two JSON values differ; `losses.3` is the fourth entry of a list."""
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        return [
-            line for name in names for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key}: {old} -> {new}"]
+        pairs = [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(place), before, now) for place, (before, now) in enumerate(zip(old, new, strict=True))]
+    else:
+        if old != new:
+            yield key, old, new
+        return
+    for name, before, now in pairs:
+        yield from unlike_leaves(before, now, f"{key}.{name}".lstrip("."))
 
 
 def changed_inputs(before: Json, now: Json) -> list[str]:
