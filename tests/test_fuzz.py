@@ -67,13 +67,13 @@ def test_changes_follow_the_seed_and_do_change(mutate: Callable[..., bytes]) -> 
 # ---- what the driver sees --------------------------------------------------------------------------------------------
 
 
-def harmful(kind: str) -> Callable[[bytes], object]:
+def harmful(kind: str, outside: Path) -> Callable[[bytes], object]:
     def spin(data: bytes) -> None:
         while True:
             pass
 
     def write(data: bytes) -> None:
-        Path("/tmp/manyshot-outside").unlink(missing_ok=True)
+        outside.unlink(missing_ok=True)
 
     acts: dict[str, Callable[[bytes], object]] = {
         "traceback": lambda data: {}["missing"],
@@ -98,15 +98,16 @@ def target_of(read: Callable[[bytes], object]) -> Target:
         ("traceback", "KeyError: 'missing'"),
         ("recursion", "RecursionError"),
         ("hang", "more than 0.2 s of processor time"),
-        ("write", "os.remove /tmp/manyshot-outside"),
+        ("write", "os.remove "),
         ("pickle", "pickle.find_class"),
         ("program", "subprocess.Popen"),
     ],
 )
-def test_driver_sees(arena: Arena, monkeypatch: pytest.MonkeyPatch, kind: str, said: str) -> None:
+def test_driver_sees(arena: Arena, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, said: str) -> None:
     monkeypatch.setattr(fuzz_driver, "SECONDS", 0.2)
-    found, what = try_input(arena, target_of(harmful(kind)), b"")
+    found, what = try_input(arena, target_of(harmful(kind, tmp_path / "outside")), b"")
     assert found == "harm" and said in what
+    assert (kind == "write") == (str(tmp_path / "outside") in what)
 
 
 def test_driver_lets_errors_of_ours_and_writes_inside_pass(arena: Arena) -> None:
@@ -123,7 +124,7 @@ def test_driver_keeps_what_ends_or_fills_a_process_and_goes_on(
     arena: Arena, tmp_path: Path, kind: str, said: str
 ) -> None:
     calls = {b"seed": lambda data: None}
-    target = target_of(lambda data: calls.get(data, harmful(kind))(data))
+    target = target_of(lambda data: calls.get(data, harmful(kind, tmp_path / "outside"))(data))
     session = Session(tmp_path / "session", seed=1)
     session.fuzz(arena, target, 3)
     counts = session.counts(target)
