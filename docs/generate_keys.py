@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from manyshot.benchmark_spec import Benchmark, Harness
 from manyshot.compare_recipe import CompareRecipe, Method, TaskSet, Tuning
+from manyshot.executor_spec import LocalExecution, RayExecution
 from manyshot.keep_spec import Keep
 from manyshot.merge_recipe import ExpertSpec, MergeRecipe
 from manyshot.operators import BUILT_IN, Operator
@@ -35,6 +36,8 @@ RECIPE: dict[str, Kind] = {
     "local_update": LocalUpdate,
     "evaluation": Evaluation,
     "trackers": Trackers,
+    "executor: local": LocalExecution,
+    "executor: ray": RayExecution,
     "keep": Keep,
 }
 MERGE: dict[str, Kind] = {"The file": MergeRecipe, "experts.<name>": ExpertSpec}

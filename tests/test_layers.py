@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"ray_executor", "recipe", "workers"},
     },
     "measure_parts": {"evaluate", "executors", "progress", "rundir"},
+    "ray_executor": {"engine", "errors", "executor_spec", "progress", "remote_code", "remote_job", "rundir"},
     "kernels": {"kernels"},
     "operators": {"kernels", "operators"},
     "demo": {"demo"},
@@ -99,12 +100,13 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": set(),
     "optimizer_state": {"errors", "tensor_writer", "tensors"},
     "start_adapters": {"recipe", "rundir", "training_spec"},
-    "recipe": {"keep_spec", "operators", "task_spec", "tracker_spec", "training_spec"},
+    "recipe": {"executor_spec", "keep_spec", "operators", "task_spec", "tracker_spec", "training_spec"},
     "merge_recipe": {"gap_weights", "operators", "recipe"},
     "mergekit_yaml": {"errors"},
     "tune_space": set(),
     "tune_recipe": {"errors", "recipe", "task_spec", "tune_space"},
     "recipe_problems": {
+        "executor_spec",
         *{"benchmark_spec", "compare_recipe", "errors", "merge_recipe", "operators", "recipe", "tune_recipe"},
     },
     "recipe_file": {
@@ -121,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
             "tune_recipe",
         },
     },
-    "starter": {"keep_spec", "operators", "recipe", "tracker_spec"},
+    "starter": {"executor_spec", "keep_spec", "operators", "recipe", "tracker_spec"},
     "status": {"yaml_text", "errors", "misshapen", "rundir", "segments"},
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
@@ -308,15 +310,16 @@ ALLOWED: dict[str, set[str]] = {
     "report_command": {"errors", "report_build", "report_html", "report_markdown", "report_page", "rundir"},
     "steps": {
         *{"base_model", "evaluate", "executors", "manifest", "models", "normalize", "progress", "recipe", "rundir"},
-        *{"tasks", "trackers"},
+        *{"measure_parts", "tasks", "trackers"},
     },
     "steps_train": {
+        "executors",
         *{"allocation", "content", "evaluate", "gap_weights", "local_update", "models", "optimizer_state", "recipe"},
         *{"errors", "local_failure", "rundir", "start_adapters", "status", "steps", "tasks", "tensors"},
         *{"manifest", "removed", "training_spec"},
     },
     "line_search": {"gap_weights"},
-    "steps_search": {"evaluate", "gap_weights", "line_search", "rundir", "steps"},
+    "steps_search": {"evaluate", "gap_weights", "line_search", "measure_parts", "rundir", "steps"},
     "round_record": {"gap_weights"},
     "guard_advice": {"gap_weights", "operators", "recipe"},
     "guards": {"gap_weights", "guard_advice", "recipe", "round_record"},
@@ -361,7 +364,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},
         *{"recipe", "report_command", "rounds", "run_identity", "run_lock", "rundir", "seeding", "steps", "trackers"},
-        *{"removed", "steps_extend", "workload"},
+        *{"executor_choice", "removed", "steps_extend", "workload"},
     },
     "inspect_recipe": {"errors", "line_search", "models", "outer", "recipe", "inputs", "tasks", "tensors", "trainer"},
     "hub": set(),
@@ -458,6 +461,7 @@ DOORS: dict[str, set[str]] = {
         "compare_methods",
         "compare_recipe",
         "compare_spec",
+        "executor_spec",
         "launched_update",
         "launcher",
         "merge_recipe",
@@ -503,6 +507,7 @@ DOORS: dict[str, set[str]] = {
     "trackio": {"tracker_backends"},
     "mlflow": {"tracker_backends"},
     "optuna": {"tune_sampler"},
+    "ray": {"ray_executor"},
 }
 FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 OPERATOR_IMPORTS = {"torch", "numpy", "annotated_types"}

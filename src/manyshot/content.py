@@ -31,7 +31,7 @@ LATER: dict[str, dict[str, Any]] = {
 # compute says when one is needed (tests/test_content.py).
 MEANINGS: tuple[tuple[dict[str, Any], int], ...] = ()
 # sections that decide nothing of what is done
-UNNAMED = ("trackers", "keep")
+UNNAMED = ("trackers", "executor", "keep")
 # settings that decide nothing of what is done, by section
 SILENT: dict[str, tuple[str, ...]] = {"local_update": ("time_limit",)}
 

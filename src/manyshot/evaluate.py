@@ -47,12 +47,26 @@ class MeasureJob:
     scores: bool = True
     split: Split = "validation"
 
+    @property
+    def label(self) -> str:
+        tasks = ", ".join(task.name for task in self.tasks)
+        return f"round {self.round_index}, {tasks}: measurement"
+
+    @property
+    def record(self) -> Path:
+        """What is there when it is done."""
+        return self.folder / ("scores.json" if self.scores else "losses.json")
+
+
+def is_measured(job: MeasureJob) -> bool:
+    return job.record.exists()
+
 
 def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
     """{"losses": {task: …}, "scores": {task: …}}; what was measured before is read back."""
     scores_path, losses_path = job.folder / "scores.json", job.folder / "losses.json"
-    if (scores_path if job.scores else losses_path).exists():
-        _seal(job)
+    if is_measured(job):
+        seal_measurement(job)
         losses = read_json(losses_path) if job.losses else {}
         return {"losses": losses} | ({"scores": read_json(scores_path)} if job.scores else {})
     with quiet_transformers():
@@ -66,7 +80,7 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
                 losses[task.name], known[task.name], read[task.name] = _task_loss(model, tokenizer, task, job, progress)
             write_json(losses_path, losses)
         if not job.scores:
-            _seal(job)
+            seal_measurement(job)
             return {"losses": losses}
         scores, outputs = {}, {}
         for task in job.tasks:
@@ -77,11 +91,12 @@ def run_measure(job: MeasureJob, progress: Progress) -> dict[str, Any]:
     if job.state.is_pretrained:
         write_json(job.folder / "examples.json", {task.name: shown_examples(task) for task in job.tasks})
     write_json(scores_path, scores)
-    _seal(job)
+    seal_measurement(job)
     return {"losses": losses, "scores": scores}
 
 
-def _seal(job: MeasureJob) -> None:
+def seal_measurement(job: MeasureJob) -> None:
+    """Name what was measured in its folder's manifest."""
     names = ("losses.json", "outputs.json", "examples.json", "scores.json") if job.scores else ("losses.json",)
     seal(job.folder, "measurement" if job.scores else "losses", files_in(*(job.folder / name for name in names)))
 

@@ -20,7 +20,13 @@ Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs `function(job, progress)` for every job and returns the results in the order of the jobs."""
+    """Runs `function(job, progress)` for every job and returns the results in the order of the jobs.
+
+    `splits`: it runs jobs elsewhere, several at once, so that one measurement of several tasks is made a job of each.
+    """
+
+    @property
+    def splits(self) -> bool: ...
 
     def map(
         self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress
@@ -30,8 +36,24 @@ class Executor(Protocol):
 class LocalExecutor:
     """One job after the other, in this process: the default, and what other executors are tested against."""
 
+    splits = False
+
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
         return [function(job, progress) for job in jobs]
+
+
+def map_unfinished(
+    executor: Executor,
+    function: Callable[[Job, Progress], Result],
+    jobs: Sequence[Job],
+    progress: Progress,
+    is_finished: Callable[[Job], bool],
+) -> list[Result]:
+    """The same as executor.map(); jobs whose results only have to be read are sent nowhere for that."""
+    finished = [is_finished(job) for job in jobs]
+    pending = [job for job, done in zip(jobs, finished, strict=True) if not done]
+    found = iter(executor.map(function, pending, progress) if pending else [])
+    return [function(job, progress) if done else next(found) for job, done in zip(jobs, finished, strict=True)]
 
 
 class ProcessExecutor:
@@ -40,6 +62,8 @@ class ProcessExecutor:
     A worker begins by calling `start` with its share of the processors. Workers tell the caller's progress their
     messages, when their job is done; what else they tell is not heard.
     """
+
+    splits = False
 
     def __init__(self, workers: int, start: Callable[[int], None]) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -76,11 +100,11 @@ class ProcessExecutor:
 
 
 def _begin(start: Callable[[int], None], threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     start(threads)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent's lock is free for others, so its workers may not go on writing."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from manyshot.errors import ModelError
+from manyshot.inputs import Inputs, check_inputs
 from manyshot.line_search import MOST_TRIES
 from manyshot.models import (
     check_target_modules,
@@ -126,7 +127,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "validation_passes": num_tasks * _validation_passes(recipe),
         "test_passes": num_tasks * (1 + rounds + (1 if evaluation.experts else 0) + (1 if evaluation.post_hoc else 0)),
         "disk_bytes": _disk(recipe, inputs),
-        "memory_bytes": _memory(recipe, inputs, max(lengths.values())),
+        "memory_bytes": estimate_memory(recipe, inputs, max(lengths.values())),
         "placement": choose_placement(recipe.local_update).text,
         "warnings": warnings(recipe),
     }
@@ -184,7 +185,7 @@ def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def _memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:
+def estimate_memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:
     """Peak of a local update: weights, trainable state, activations, logits. An estimate from the model's shape."""
     lora = _adapter_entries(recipe, inputs)
     update = recipe.local_update

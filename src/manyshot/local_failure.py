@@ -33,6 +33,10 @@ class Attempt:
     job: LocalUpdateJob
     skips: bool = False
 
+    @property
+    def label(self) -> str:
+        return f"round {self.job.round_index}, task '{self.job.task.name}': local update"
+
 
 def try_local_update(attempt: Attempt, progress: Progress) -> dict[str, Any]:
     """The record of the local update; of one that failed and is left out, {"failed": why}.

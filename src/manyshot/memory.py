@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
+# a control group's files, of version 2 and 1: its limit, what it uses, and of that, what can go
+GROUPS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 # between two looks, in seconds; the kernel's own high-water mark tells of what is shorter, where it rises
 EVERY = 0.02
 
@@ -50,6 +56,32 @@ def resident() -> int | None:
         with open("/proc/self/statm", encoding="ascii") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        return None
+
+
+def available() -> int | None:
+    """Bytes that new processes may still take: of the machine, or of the container where that has less; None where the
+    system does not say.
+    """
+    found = [left for left in (_free_of_machine(), *map(_free_of_group, GROUPS)) if left is not None]
+    return min(found, default=None)
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_of_group(names: tuple[str, str, str]) -> int | None:
+    """What the control group's limit leaves; files that are held for quick reading can go."""
+    try:
+        limit, used, statistics = (Path("/sys/fs/cgroup", name).read_text("ascii") for name in names)
+        kept = dict(line.split() for line in statistics.splitlines())
+        return int(limit) - int(used) + int(kept.get("total_inactive_file", kept.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or one without a limit ("max")
         return None
 
 

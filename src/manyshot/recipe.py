@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from manyshot.executor_spec import ExecutorChoice, LocalExecution
 from manyshot.keep_spec import Keep
 from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
 from manyshot.task_spec import Count, Section, SourceSpec, TaskSpec
@@ -115,6 +116,9 @@ class Recipe(Section):
     local_update: LocalUpdate = LocalUpdate()
     evaluation: Evaluation = Evaluation()
     trackers: Trackers = Trackers()
+    executor: ExecutorChoice = Field(
+        LocalExecution(), description="where tasks train and are measured: its name alone, or with settings"
+    )
     keep: Keep = Keep()
     seed: int = Field(0, ge=0, description="draws splits, orders, adapters and random masks")
 

@@ -25,6 +25,9 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 SPLITS = ("train", "validation", "test")
 
+# keys whose value may be a name alone, where they are sections with a key `name`
+NAMED_CHOICES = ("operator", "executor")
+
 AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe, CompareRecipe, TuneRecipe)
 
 
@@ -166,7 +169,7 @@ def _apply_override(raw: dict[str, Any], override: str, source: Source) -> None:
     target = raw
     for i, name in enumerate(keys[:-1]):
         inner = target.setdefault(name, {})
-        if isinstance(inner, str) and name == "operator" and i == len(keys) - 2:
+        if isinstance(inner, str) and name in NAMED_CHOICES and i == len(keys) - 2:
             inner = target[name] = {"name": inner}  # `operator: metis` is short for `operator: {name: metis}`
         if not isinstance(inner, dict):
             raise RecipeError(f"command line: '{override}': {dotted(tuple(keys[: i + 1]))} is not a section")

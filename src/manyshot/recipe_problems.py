@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from manyshot.benchmark_spec import Benchmark
 from manyshot.compare_recipe import Method, TaskSet
 from manyshot.errors import suggestion
+from manyshot.executor_spec import EXECUTORS
 from manyshot.merge_recipe import ExpertSpec
 from manyshot.operators import OPERATORS
 from manyshot.recipe import Recipe, SourceSpec, TaskSpec
@@ -64,7 +65,9 @@ def explain(details: Mapping[str, Any], raw: dict[str, Any], source: Source, roo
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw, root))}", ""
     elif kind == "union_tag_invalid":
-        message, found = f"unknown operator '{details['ctx']['tag']}'{suggestion(details['ctx']['tag'], OPERATORS)}", ""
+        tag, executor = details["ctx"]["tag"], key[:1] == ("executor",)
+        names = EXECUTORS if executor else OPERATORS
+        message, found = f"unknown {'executor' if executor else 'operator'} '{tag}'{suggestion(tag, names)}", ""
     elif kind == "union_tag_not_found":
         message = f"needs 'name'; there are: {', '.join(sorted(OPERATORS))}"
     elif kind == "string_pattern_mismatch" and key[:1] and key[0] in (*NAMED, "models"):
@@ -120,6 +123,9 @@ def _allowed(section: Key, raw: dict[str, Any], root: type[BaseModel]) -> list[s
         name = node.get("name")
         known = isinstance(name, str) and name in OPERATORS
         return [field.name for field in dataclasses.fields(OPERATORS[name])] if known else ["name"]
+    if section[:1] == ("executor",):
+        chosen = raw["executor"].get("name", "local") if isinstance(raw["executor"], dict) else raw["executor"]
+        return list(EXECUTORS[chosen].model_fields)
     if section[:2] == ("search", "parameters"):
         return list(Range.model_fields)
     if section[:1] == ("methods",):

@@ -30,7 +30,7 @@ PACKAGES = ("manyshot", "torch", "transformers", "trl", "peft", "accelerate", "d
 # keys of a recipe that may be others when a run goes on: where it computes, who is told, what stays on disk,
 # what happens after a failure
 MAY_CHANGE = (
-    *("trackers", "keep", "local_update.device", "local_update.time_limit"),
+    *("trackers", "executor", "keep", "local_update.device", "local_update.time_limit"),
     *("local_update.launcher", "local_update.launch"),
     *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from manyshot.check_merged import check_merged
 from manyshot.disk import disk_errors
 from manyshot.errors import ManyshotError, RunFolderError
-from manyshot.executors import Executor, LocalExecutor
+from manyshot.executor_choice import computing_threads, open_executor
+from manyshot.executors import Executor
 from manyshot.inputs import Inputs, check_inputs, check_space
 from manyshot.manifest import check_files
 from manyshot.models import choose_placement
@@ -69,7 +70,7 @@ def run(
     """
     folder, resume = RunFolder(output), resume or repair
     check_folder(folder, resume=resume, force=force)
-    with disk_errors(output), preserved_random_state(), one_writer(output) as before:
+    with disk_errors(output), preserved_random_state(), one_writer(output) as before, ExitStack() as stack:
         began = time.time()
         check_folder(folder, resume=resume, force=force)  # now that nobody else changes it
         check_trackers(recipe.trackers)
@@ -80,6 +81,9 @@ def run(
             clear(output)  # only now that everything else is known to be fine
         check_space(recipe, folder, inputs)
         progress = Progress(listener)
+        if executor is None:
+            stack.enter_context(computing_threads(recipe))
+            executor = stack.enter_context(open_executor(recipe, output, inputs, progress))
         for line in describe(recipe, folder, inputs, command):
             progress.message(f"since the run was last here: {line}")
         if left := finish_removing(output):
@@ -95,7 +99,7 @@ def run(
         progress.message(f"computing in {choose_placement(recipe.local_update).text}")
         tracking = open_tracking(recipe, folder, progress)
         current = Run(
-            *(recipe, folder, inputs.base, inputs.tasks, executor or LocalExecutor(), progress),
+            *(recipe, folder, inputs.base, inputs.tasks, executor, progress),
             tracking=tracking,
             begun=as_begun(recipe, folder),
         )

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from manyshot.executor_spec import LocalExecution
 from manyshot.keep_spec import Keep
 from manyshot.operators import Metis
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, TaskSpec
@@ -44,6 +45,7 @@ def starter_recipe() -> str:
         ("local_update", LocalUpdate),
         ("evaluation", Evaluation),
         ("trackers", Trackers),
+        ("executor", LocalExecution),
         ("keep", Keep),
     ):
         parts += ["", f"{name}:", *_lines(section)]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.base_model import BaseModel
-from manyshot.evaluate import MeasureJob, run_measure
+from manyshot.evaluate import MeasureJob
 from manyshot.executors import Executor
 from manyshot.manifest import files_in, seal
+from manyshot.measure_parts import measure_model
 from manyshot.models import ModelState
 from manyshot.normalize import multi_task_loss
 from manyshot.progress import Progress
@@ -86,5 +87,5 @@ def seal_step(run: Run, folder: Path, step: str, *places: Path, known: dict[str,
 def measure(run: Run, state: ModelState, folder: Path, round_index: int) -> Json:
     """Validation losses, multi-task loss and test scores of one model on every task."""
     job = MeasureJob(run.recipe, run.tasks, state, folder, round_index, scores=not run.trial)
-    measured = run.executor.map(run_measure, [job], run.progress)[0]
+    measured = measure_model(run.executor, job, run.progress)
     return measured | {"multi_task_loss": multi_task_loss(measured["losses"])}

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from manyshot.evaluate import MeasureJob, run_measure
+from manyshot.evaluate import MeasureJob
 from manyshot.gap_weights import TaskLosses
 from manyshot.line_search import best_scaling, next_scaling, objective
+from manyshot.measure_parts import measure_model
 from manyshot.rundir import read_json, remove
 from manyshot.steps import Expert, Json, Run
 
@@ -63,5 +64,5 @@ def _losses(run: Run, work: Path, round_index: int, scaling: float, write: Calla
         with run.progress.timed("merge", round_index):
             write(scaling, task_vector)
         job = replace(job, state=replace(run.pretrained, task_vector=task_vector))
-    found: Json = run.executor.map(run_measure, [job], run.progress)[0]["losses"]
+    found: Json = measure_model(run.executor, job, run.progress)["losses"]
     return found

@@ -11,7 +11,8 @@ from statistics import fmean
 from manyshot.allocation import Steps, allocate
 from manyshot.content import keyed
 from manyshot.errors import TrainingError
-from manyshot.evaluate import MeasureJob, run_measure
+from manyshot.evaluate import MeasureJob, is_measured, run_measure
+from manyshot.executors import map_unfinished
 from manyshot.gap_weights import needs_gaps
 from manyshot.local_failure import Attempt, failure_of, try_local_update
 from manyshot.local_update import RECORD, LocalUpdateJob, expert_state, finished_update
@@ -123,7 +124,7 @@ def train_experts(run: Run) -> Json:
         MeasureJob(run.recipe, (task,), expert.state, folder, 0, losses=False)
         for task, expert, folder in zip(run.tasks, experts, _expert_folders(run), strict=True)
     ]
-    measured = run.executor.map(run_measure, jobs, run.progress)
+    measured = map_unfinished(run.executor, run_measure, jobs, run.progress, is_measured)
     scores = {name: one["scores"][name] for name, one in zip(run.names, measured, strict=True)}
     return {"losses": {expert.task: expert.record["validation"] for expert in experts}, "scores": scores}
 
@@ -156,8 +157,9 @@ def _train(
         if not run.trial and finished_update(job) is None:
             _check_start(run, job)
     attempts = [Attempt(job, skips) for job in jobs]
+    attempts = [Attempt(job, skips) for job in jobs]
     try:
-        records = run.executor.map(try_local_update, [Attempt(job, skips) for job in jobs], run.progress)
+        records = map_unfinished(run.executor, try_local_update, attempts, run.progress, _is_finished)
     except TrainingError as error:
         may_skip = list(folders) != _expert_folders(run)
         raise TrainingError(f"{error}{_what_next(run, may_skip=may_skip)}") from error

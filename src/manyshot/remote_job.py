@@ -1,0 +1,179 @@
+"""A job in another process: what it tells goes through a file, what it prints into its log, its error comes as a value.
+
+The files are in the run folder, so it does not matter where the process is, as long as it has that folder. The caller
+alone writes metrics.jsonl; it reads what its jobs tell, and passes it on as if they ran here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+from manyshot.disk import DISK_ERRORS
+from manyshot.errors import ManyshotError, WorkerError
+from manyshot.progress import Event, Progress
+from manyshot.rundir import PARTIAL, remove
+from manyshot.secret_text import redacted
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+# what jobs tell is read here while they run; left by a run that was killed, it is removed as what is half written
+TOLD = f".told{PARTIAL}"
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one job tells and prints, and the threads that it computes with."""
+
+    told: Path
+    log: Path
+    threads: int
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What came of a job: its result, or the error that ended it."""
+
+    result: Result | None = None
+    error: Exception | None = None
+
+
+def label_of(job: object, position: int) -> str:
+    """What a job is called in messages and in the name of its log."""
+    return str(getattr(job, "label", f"job {position + 1}"))
+
+
+def place_of(folder: Path, job: object, position: int, threads: int) -> Place:
+    """The files of a job of the run in `folder`."""
+    name = re.sub(r"[^\w.-]+", "_", label_of(job, position)).strip("_")
+    return Place(folder / TOLD / f"{position}.jsonl", folder / LOGS / f"{name}.log", threads)
+
+
+# ---- where the job runs ----------------------------------------------------------------------------------------------
+
+
+def run_job(function: Callable[[Job, Progress], Result], job: Job, label: str, place: Place) -> Outcome[Result]:
+    """Call function(job, progress), with as many threads as its place says. The log stays where it fails.
+
+    Errors that a user can act on come back as they are, all others as a WorkerError that names job and log.
+    """
+    place.told.parent.mkdir(parents=True, exist_ok=True)
+    place.log.parent.mkdir(parents=True, exist_ok=True)
+    with printed_to(place.log), open(place.told, "a", encoding="utf-8") as told:
+        try:
+            _use_threads(place.threads)
+            outcome = Outcome(function(job, _Telling(told)))
+        except (ManyshotError, *DISK_ERRORS) as error:
+            traceback.print_exc()
+            error.__cause__ = None  # it is in the log, and may be of a kind that cannot be sent
+            return Outcome(error=error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
+            traceback.print_exc()
+            text = redacted(f"{label}: {type(error).__name__}: {error}".strip().rstrip(":."))
+            return Outcome(error=WorkerError(f"{text}; {place.log} has the traceback"))
+    _drop_log(place.log)
+    return outcome
+
+
+def _use_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # where torch comes later
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def printed_to(log: Path) -> Iterator[None]:
+    """All that this process, its libraries and its children print goes to the end of a file."""
+    with open(log, "ab", buffering=0) as stream:
+        kept = [os.dup(number) for number in (1, 2)]
+        _flush()
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+        try:
+            yield
+        finally:
+            _flush()
+            for number, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, number)
+                os.close(before)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def _drop_log(log: Path) -> None:
+    """What a job printed that came to its end is of no use to anyone."""
+    remove(log)
+    if not any(log.parent.iterdir()):
+        log.parent.rmdir()
+
+
+class _Telling(Progress):
+    """Writes what happens to a file, for a Relay to read."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(lambda event: self._tell({"event": event.to_json()}))
+        self._stream = stream
+
+    def record(self, kind: str, **values: Any) -> None:
+        self._tell({"record": kind, "values": values})
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(value) + "\n")
+        self._stream.flush()
+
+
+# ---- where the jobs come from ----------------------------------------------------------------------------------------
+
+
+class Relay:
+    """Reads what the jobs of a map tell, and passes it on."""
+
+    def __init__(self, folder: Path, places: Sequence[Place], progress: Progress) -> None:
+        remove(folder / TOLD)
+        self.progress = progress
+        self._files = {position: place.told for position, place in enumerate(places)}
+        self._read = dict.fromkeys(self._files, 0)
+
+    def poll(self) -> None:
+        """Pass on what is new. A line that is not all there yet waits."""
+        for position, file in self._files.items():
+            try:
+                with open(file, "rb") as stream:
+                    stream.seek(self._read[position])
+                    complete, end, _ = stream.read().rpartition(b"\n")
+            except FileNotFoundError:
+                continue
+            self._read[position] += len(complete) + len(end)
+            for line in complete.splitlines():
+                self._pass_on(json.loads(line), position)
+
+    def _pass_on(self, value: dict[str, Any], position: int) -> None:
+        if "event" in value:
+            self.progress.listener(Event(**value["event"]))
+        else:
+            self.progress.record(value["record"], **value["values"], job=position)
+
+
+def results_of(outcomes: dict[int, Outcome[Result]], progress: Progress) -> list[Result]:
+    """The results in the order of the jobs; raises the first error when all have ended, and tells of the others."""
+    errors = [error for _, outcome in sorted(outcomes.items()) if (error := outcome.error) is not None]
+    for error in errors[1:]:
+        progress.message(f"also failed: {error}")
+    if errors:
+        raise errors[0]
+    results: list[Any] = [outcome.result for _, outcome in sorted(outcomes.items())]
+    return results
