@@ -17,9 +17,8 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
-from manyshot.outer import MEMORIES
 from manyshot.recipe import Recipe, operator_warnings
-from manyshot.runner import Inputs, check_inputs
+from manyshot.sizes import disk_plan
 from manyshot.tasks import Encoded, Task, encode_all
 from manyshot.tensors import Checkpoint
 from manyshot.trainer import learning_rate_multipliers
@@ -126,7 +125,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "mean_tokens_per_example": lengths,
         "validation_passes": num_tasks * _validation_passes(recipe),
         "test_passes": num_tasks * (1 + rounds + (1 if evaluation.experts else 0) + (1 if evaluation.post_hoc else 0)),
-        "disk_bytes": _disk(recipe, inputs),
+        "disk_bytes": disk_plan(recipe, inputs.sizes),
         "memory_bytes": estimate_memory(recipe, inputs, max(lengths.values())),
         "placement": choose_placement(recipe.local_update).text,
         "warnings": warnings(recipe),
@@ -164,25 +163,6 @@ def _adapter_entries(recipe: Recipe, inputs: Inputs) -> int:
         return 0
     rank = max(recipe.rank_of(task) for task in recipe.tasks)
     return sum(rank * sum(model.get_submodule(name).weight.shape) for name in names)
-
-
-def _disk(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
-    """What the run folder will hold."""
-    changed, lora = inputs.changed_entries, _adapter_entries(recipe, inputs)
-    evaluation, rounds = recipe.evaluation, recipe.protocol.rounds
-    trainings = len(recipe.tasks) * (rounds + (1 if evaluation.experts else 0))
-    expert_bytes = 4 * (lora or changed)
-    carried = rounds if recipe.merge.space == "factors" or recipe.local_update.adapter_start != "fresh" else 0
-    parts = {
-        "experts": trainings * expert_bytes + carried * expert_bytes,
-        "task_vectors": 4 * changed * (rounds + (1 if evaluation.post_hoc else 0)),
-        "merged_models": Checkpoint(inputs.base.path).num_bytes * rounds,
-    }
-    if recipe.local_update.optimizer_state == "kept":
-        parts["optimizer_states"] = 2 * expert_bytes * len(recipe.tasks) * (rounds - 1)
-    if memories := MEMORIES[recipe.merge.outer_optimizer]:
-        parts["outer_states"] = 4 * changed * len(memories) * (rounds - 1)
-    return parts | {"total": sum(parts.values())}
 
 
 def estimate_memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:

@@ -30,8 +30,8 @@ from manyshot.seeding import preserved_random_state
 from manyshot.steps import Run
 from manyshot.steps_extend import earlier_run
 from manyshot.trackers import check_trackers, open_tracking
-from manyshot.workload import workload
 from manyshot.trainer_command import check_command
+from manyshot.workload import workload
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def run(
         began = time.time()
         check_folder(folder, resume=resume, force=force)  # now that nobody else changes it
         check_trackers(recipe.trackers)
-        inputs = check_inputs(recipe)
         if recipe.local_update.command is not None:
             check_command(recipe.local_update.command)
+        inputs = check_inputs(recipe)
         if force and not resume:
             clear(output)  # only now that everything else is known to be fine
         check_space(recipe, folder, inputs)
