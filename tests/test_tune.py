@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from conftest import TASKS
 from manyshot import local_update, tune_outputs, tuning
 from manyshot.errors import MergeError, MissingExtraError, RunFolderError
 from manyshot.inputs import Inputs
+from manyshot.manifest import MANIFEST
 from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe, tune_recipe_from_mapping
 from manyshot.rundir import read_json, read_lines
@@ -35,8 +35,6 @@ KEPT = ("tune.json", "best.yaml", "report.md", "trials/trials_1.csv")
 
 @pytest.fixture(scope="module")
 def raw(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
-    gc.collect()
-    gc.freeze()  # as in run_helpers.Runs
     data = tmp_path_factory.mktemp("data")
     for task in PAIR:
         write_data(data, task)
@@ -216,6 +214,30 @@ def test_an_interrupted_search_of_rounds_ends_as_an_unbroken_one(raw: Json, each
     assert found.best.read_bytes() == each.best.read_bytes()
     assert unlike(found.folder / "run", each.folder / "run") == []
     assert trained(found.folder) == trained(each.folder)
+
+
+def test_files_of_a_search_that_were_changed_are_named_and_repaired(
+    raw: Json, each: TuneResult, tmp_path: Path
+) -> None:
+    folder = tmp_path / "search"
+    shutil.copytree(each.folder, folder, symlinks=True)
+    assert not list((folder / "trials").rglob(MANIFEST))  # nothing of a trial that is over is gone on with
+    damaged = (f"round_001/{PAIR[0]}/adapter/adapter_model.safetensors", "round_001/task_vector.safetensors")
+    for name in damaged:
+        file = folder / "run" / name
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (folder / "run" / "round_000" / "losses.json").unlink()
+    with pytest.raises(RunFolderError) as caught:
+        tune(each_recipe(raw), folder, resume=True)
+    for text in (*(f"run/{name} was changed" for name in damaged), "run/round_000/losses.json is gone"):
+        assert text in str(caught.value)
+    steps = f"run/round_000: losses, run/round_001/{PAIR[0]}: local update, run/round_001: merge"
+    assert f"--resume --repair, which redoes just: {steps}" in str(caught.value)
+    found = tune(each_recipe(raw), folder, repair=True)
+    assert found.results == each.results
+    assert unlike(folder / "run", each.folder / "run") == []
+    assert trained(folder)[len(trained(each.folder)) :] == [(1, PAIR[0])]
+    tune(each_recipe(raw), folder, resume=True)
 
 
 def test_the_objective_is_the_share_of_the_experts_gain_that_is_kept(each: TuneResult) -> None:

@@ -22,6 +22,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Its folder 
 Plan = Annotated[bool, typer.Option("--plan", help="Show trials, steps and cost, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the search that is in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete the search that is in the folder first.")]
+Repair = Annotated[bool, typer.Option("--repair", help="As --resume; what was changed or removed is redone.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the path of best.yaml and nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -33,6 +34,7 @@ def tune(
     plan: Plan = False,
     resume: Resume = False,
     force: Force = False,
+    repair: Repair = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +52,7 @@ def tune(
         from manyshot.tuning import tune as run_search
 
         listener = _Lines(quiet or as_json).listen
-        result = run_search(loaded, folder, resume=resume, force=force, listener=listener)
+        result = run_search(loaded, folder, resume=resume, force=force, repair=repair, listener=listener)
     except KeyboardInterrupt:
         print(f"manyshot: interrupted; go on with --resume --output {folder}", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -136,12 +136,17 @@ def merge_task_vectors(
 ) -> Json:
     """Write task_vector.safetensors, then merge.json, and tell of it; returns what merge.json says."""
     record = write_merge(run, folder, round_index, start, experts, weights)
+    seal_merge(run, folder, record)
+    _report_merge(run, round_index, record)
+    return record
+
+
+def seal_merge(run: Run, folder: Path, record: Json) -> None:
+    """Name in the manifest of `folder` what a merge left there; `record` is its merge.json."""
     known = _digests(record)
     carried = [folder / "carried_adapter"] if run.recipe.merge.space == "factors" else []
     places = [folder / "merge.json", folder / ROLLBACK, *(folder / name for name in known), *carried]
     seal_step(run, folder, "merge", *places, known=known)
-    _report_merge(run, round_index, record)
-    return record
 
 
 def _digests(record: Json) -> dict[str, str]:

@@ -21,6 +21,7 @@ from manyshot.disk import disk_errors
 from manyshot.errors import MergeError, RunFolderError
 from manyshot.executors import LocalExecutor
 from manyshot.inputs import check_inputs
+from manyshot.manifest import MANIFEST, check_files
 from manyshot.models import ModelState
 from manyshot.progress import Listener, Progress
 from manyshot.recipe import operator_warnings
@@ -31,6 +32,7 @@ from manyshot.run_lock import clear, one_writer
 from manyshot.rundir import read_json, remove, require_space, write_json, write_text
 from manyshot.seeding import derive_seed, preserved_random_state
 from manyshot.steps import Expert, Run, measure
+from manyshot.steps_merge import seal_merge
 from manyshot.steps_train import all_steps_alone, update_locally
 from manyshot.tune_folder import (
     Trial,
@@ -85,17 +87,18 @@ def tune(
     *,
     resume: bool = False,
     force: bool = False,
+    repair: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
 ) -> TuneResult:
     """Search into the folder `output`; write tune.json, best.yaml, report and figures.
 
-    A folder that is not empty is refused unless `resume` (go on from the last finished trial) or `force` (start over).
-    Raises ManyshotError for inputs that cannot be used, and where no settings could be merged; a trial that fails is
-    recorded, and the search goes on.
+    A folder that is not empty is refused unless `resume` (go on from the last finished trial) or `force` (start over);
+    `repair` resumes, and redoes what was changed or removed. Raises ManyshotError for inputs that cannot be used, and
+    where no settings could be merged; a trial that fails is recorded, and the search goes on.
     """
     require_optuna()
-    folder = TuneFolder(output)
+    folder, resume = TuneFolder(output), resume or repair
     claim(folder, recipe, resume=resume, force=force)
     with disk_errors(output), preserved_random_state(), one_writer(output), ExitStack() as stack:
         claim(folder, recipe, resume=resume, force=force)  # now that nobody else changes it
@@ -109,6 +112,7 @@ def tune(
         num_kept = len(recipe.searched_rounds) + 1
         require_space(output, 4 * inputs.changed_entries * num_kept, f"{num_kept} task vectors")
         describe(folder, recipe, inputs, command)
+        check_files(output, progress.message, repair=repair, how="--resume --repair")
         stack.enter_context(one_writer(folder.run.path))  # which is a run that others may go on with
         progress.metrics = folder.metrics
         for warning in operator_warnings(recipe.trial_recipe):
@@ -175,6 +179,8 @@ def search_rounds(tuning: Tuning) -> Settings:
         chosen[index] = search(tuning, index, attempt).settings
         run = replace(run, recipe=with_settings(run.recipe, all_rounds(recipe, chosen, chosen[index])))
         start = run_round(run, index, start, summary)
+        merged = run.folder.round(index)
+        seal_merge(replace(run, trial=False), merged, read_json(merged / "merge.json"))
     return all_rounds(recipe, chosen, chosen[index])
 
 
@@ -289,8 +295,8 @@ def try_settings(tuning: Tuning, index: int, trials: Sequence[Trial], settings: 
         trial = judged(tuning, Trial(index, number, settings), measured)
     except FAILURES as error:
         trial = Trial(index, number, settings, error=failed(error)["error"])
-    for file in folder.iterdir():  # models; what was measured stays
-        if file.suffix not in (".json", ".jsonl"):
+    for file in folder.iterdir():  # models; what was measured stays, for people: the journal has it all
+        if file.suffix not in (".json", ".jsonl") or file.name == MANIFEST:
             remove(file)
     return replace(trial, seconds=round(time.monotonic() - began, 3))
 
