@@ -34,7 +34,8 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	@# a file stays with one worker, so that the runs its tests share are made once
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 # 100,000 changed files of strangers; goes on where it was stopped. SEED=1 gives others
 fuzz: setup

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import random
@@ -26,7 +28,18 @@ CHAT_TEMPLATE = (
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", *(str(i) for i in range(10)), "yes", "no", "####", "=", "+"]
 TASKS = ("letters", "numbers", "words")
 
+TRAINING_IMPORTS = ("accelerate", "datasets", "peft", "trl.trainer.sft_trainer")
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_not_garbage() -> None:
+    """Every training collects garbage, and looking at all that was imported takes most of a small run's time."""
+    for name in TRAINING_IMPORTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import json
 import random
 import warnings
@@ -61,9 +60,6 @@ class Runs:
     """Finished runs, one folder for each set of overrides, made when first asked for."""
 
     def __init__(self, base: Path, folder: Path, rows: MakeRows = make_rows, tasks: tuple[str, ...] = TASKS) -> None:
-        # each training collects garbage over everything imported so far; what is there now need not be looked at
-        gc.collect()
-        gc.freeze()
         self.folder = folder
         for task in tasks:
             write_data(folder / "data", task, rows)

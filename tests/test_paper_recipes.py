@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,6 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_stand_in)
-    gc.collect()
-    gc.freeze()  # every training collects garbage, and need not look at all that was imported
 
 
 # ---- what they say ---------------------------------------------------------------------------------------------------
