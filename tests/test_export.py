@@ -172,3 +172,74 @@ def test_export_model_twice_gives_equal_bytes(base_folder: Path, changed: Stored
         export_model(Checkpoint(base_folder), changed, tmp_path / name, shard_bytes=20_000)
     for file in (tmp_path / "1").iterdir():
         assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+
+
+# ---- unchanged tensors in files of their own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unchanged tensors get files of their own however small they are."""
+    monkeypatch.setattr(export, "WORTH_APART", 1)
+
+
+def export_two(base: Checkpoint, changed: StoredTaskVector, folder: Path) -> tuple[Path, Path]:
+    """The models of two rounds, the second beside the first."""
+    later = folder / "later.safetensors"
+    write_tensors(later, {name: changed.read(name) * 3 for name in changed.names})
+    export_model(base, changed, folder / "one", apart=True)
+    export_model(base, StoredTaskVector(later), folder / "two", apart=True, earlier=folder / "one")
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.usefixtures("apart")
+def test_export_model_links_what_no_round_changes(base_folder: Path, changed: StoredTaskVector, tmp_path: Path) -> None:
+    base = Checkpoint(base_folder)
+    one, two = export_two(base, changed, tmp_path)
+    shards = sorted(file.name for file in two.glob("*.safetensors"))
+    assert [sorted(load_file(two / shard)) for shard in shards] == [
+        list(changed.names),
+        [name for name in base.names if name not in changed],
+    ]
+    assert [(one / shard).samefile(two / shard) for shard in shards] == [False, True]
+    model = AutoModelForCausalLM.from_pretrained(str(two))
+    plain = AutoModelForCausalLM.from_pretrained(str(base_folder))
+    for name in base.names:
+        added = changed.read(name) * 3 if name in changed else 0.0
+        assert torch.equal(model.get_parameter(name), plain.get_parameter(name) + added), name
+
+
+@pytest.mark.usefixtures("apart")
+def test_export_model_copies_what_cannot_be_linked(
+    base_folder: Path, changed: StoredTaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Checkpoint(base_folder)
+    _, linked = export_two(base, changed, tmp_path / "with")
+
+    def refuse(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("manyshot.rundir.os.link", refuse)
+    one, two = export_two(base, changed, tmp_path / "without")
+    for file in sorted(linked.glob("*.safetensors")):
+        assert (two / file.name).read_bytes() == file.read_bytes()
+        assert not (one / file.name).samefile(two / file.name)
+
+
+@pytest.mark.usefixtures("apart")
+def test_export_model_links_no_file_of_other_tensors(
+    base_folder: Path, changed: StoredTaskVector, tmp_path: Path
+) -> None:
+    """An earlier folder of another type has files of the same names, and they are other files."""
+    base = Checkpoint(base_folder)
+    export_model(base, changed, tmp_path / "one", dtype="bfloat16", apart=True)
+    export_model(base, changed, tmp_path / "two", apart=True, earlier=tmp_path / "one")
+    found = Checkpoint(tmp_path / "two")
+    assert {name: found.info(name) for name in found.names} == {name: base.info(name) for name in base.names}
+
+
+def test_export_model_keeps_one_file_where_little_is_unchanged(
+    base_folder: Path, changed: StoredTaskVector, tmp_path: Path
+) -> None:
+    export_model(Checkpoint(base_folder), changed, tmp_path / "out", apart=True)
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]

@@ -32,9 +32,13 @@ FAR_BELOW = 0.9
 
 
 def write_card(run: Run, folder: Path, round_index: int, summary: Json) -> None:
-    """Write merged/README.md of a round: Hub metadata with results, what was merged and how, scores, limits, recipe."""
-    if (folder / "merged").is_dir():  # of an earlier round it may have been removed (`keep`)
-        write_text(folder / "merged" / "README.md", card_text(run, round_index, summary))
+    """Write merged/README.md of a round: Hub metadata with results, what was merged and how, scores, limits, recipe.
+
+    One of a round that is done stays as it is, and of an earlier round it may have been removed (`keep`).
+    """
+    card = folder / "merged" / "README.md"
+    if card.parent.is_dir() and not (card.exists() and (folder / "DONE.json").exists()):
+        write_text(card, card_text(run, round_index, summary))
 
 
 def card_text(run: Run, round_index: int, summary: Json) -> str:

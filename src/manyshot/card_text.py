@@ -107,8 +107,8 @@ def fenced(text: str, language: str) -> str:
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> str:
-    """A recipe as YAML that tells nothing of the machine: of a path the last part, of trackers and executor nothing."""
-    shown = {key: value for key, value in recipe.items() if key not in ("trackers", "executor")}
+    """A recipe as YAML that tells nothing of the machine: of a path the last part, of what decides nothing, nothing."""
+    shown = {key: value for key, value in recipe.items() if key not in ("trackers", "keep", "executor")}
     return yaml.safe_dump(
         _without_paths(shown), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
     )

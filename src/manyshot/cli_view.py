@@ -259,8 +259,10 @@ def show_plan(found: dict[str, Any], *, as_json: bool) -> None:
 
 
 def sizes(parts: dict[str, int]) -> str:
-    own = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
-    return f"{parts['total'] / 1e9:.2f} GB ({own})"
+    kinds = {name: size for name, size in parts.items() if name not in ("total", "peak")}
+    own = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in kinds.items())
+    most = f"; on the way up to {parts['peak'] / 1e9:.2f} GB" if "peak" in parts else ""
+    return f"{parts['total'] / 1e9:.2f} GB ({own}){most}"
 
 
 def show_warnings(console: Console, warnings: list[str]) -> None:

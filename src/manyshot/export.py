@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from manyshot import kernels
 from manyshot.engine import Piece, TilePool, cut, tile_entries
 from manyshot.folder_links import refuse_links_out
-from manyshot.rundir import atomic_folder, require_space, write_json
+from manyshot.rundir import atomic_folder, link_or_copy, require_space, write_json
 from manyshot.task_vector import Scratch, StoredTaskVector, read_wide
-from manyshot.tensor_writer import DEFAULT_SHARD_BYTES, PositionedWriter, plan_shards, shard_name, write_index
+from manyshot.tensor_writer import (
+    DEFAULT_SHARD_BYTES,
+    PositionedWriter,
+    make_header,
+    plan_shards,
+    shard_name,
+    write_index,
+)
 from manyshot.tensors import Checkpoint, TensorInfo, kind_of
 
+Shard = Mapping[str, TensorInfo]
+# bytes of unchanged tensors from which on they get files of their own, which later rounds share
+WORTH_APART = 100_000_000
 WEIGHT_FILE_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx", ".onnx_data", ".tflite"),
     *(".ot", ".npz", ".mlmodel"),
@@ -33,14 +43,21 @@ def export_model(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     finish: Callable[[Path], None] | None = None,
     threads: int | None = None,
+    apart: bool = False,
+    earlier: Path | None = None,
 ) -> None:
     """Write Θ⁰ + (Θʳ − Θ⁰) as a model folder: the sum in float32, one cast to the stored type (or `dtype`).
 
-    Every base tensor is accounted for: merged where the task vector has it, else copied.
+    Every base tensor is accounted for: merged where the task vector has it, else copied. With `apart`, tensors that it
+    has not are in files of their own; where a folder `earlier` of the same base has such a file, it is hard linked.
     """
     infos = {name: output_info(pretrained.info(name), dtype) for name in pretrained.names}
-    with open_model_folder(pretrained.path, output, infos, dtype, shard_bytes, finish) as writer:
-        pieces = [piece for name in infos for piece in cut(name, infos[name].shape, tile_entries(1))]
+    changed = set(task_vector.names)
+    shards = plan_apart(infos, changed, shard_bytes) if apart else plan_shards(infos, shard_bytes)
+    unchanged = [number for number, shard in enumerate(shards, start=1) if changed.isdisjoint(shard)]
+    shared = {} if earlier is None else _shared_files(earlier, shards, unchanged)
+    with _open_shards(pretrained.path, output, shards, dtype, finish, shared) as writer:
+        pieces = [piece for name in writer.names for piece in cut(name, infos[name].shape, tile_entries(1))]
 
         def work(piece: Piece, scratch: Scratch) -> None:
             if piece.name not in task_vector:
@@ -84,16 +101,62 @@ def open_model_folder(
 
     Tokenizer, chat template, config and generation config are the base's own files. `finish` may add more.
     """
-    require_space(output.parent, sum(info.num_bytes for info in infos.values()), "the merged model")
-    shards = plan_shards(infos, shard_bytes)
+    with _open_shards(base, output, plan_shards(infos, shard_bytes), dtype, finish, {}) as writer:
+        yield writer
+
+
+@contextmanager
+def _open_shards(
+    base: Path,
+    output: Path,
+    shards: Sequence[Shard],
+    dtype: str | None,
+    finish: Callable[[Path], None] | None,
+    shared: Mapping[str, Path],
+) -> Iterator[PositionedWriter]:
+    """The same for given shards; what is `shared` with another folder, by file name, is linked and not written."""
+    named = {shard_name(number, len(shards)): shard for number, shard in enumerate(shards, start=1)}
+    written = [shard for name, shard in named.items() if name not in shared]
+    require_space(
+        output.parent, sum(info.num_bytes for shard in written for info in shard.values()), "the merged model"
+    )
     with atomic_folder(output) as folder:
+        for name, source in shared.items():
+            link_or_copy(source, folder / name)
+        files = {folder / name: shard for name, shard in named.items() if name not in shared}
         copy_side_files(base, folder, dtype)
         write_index(folder, shards)
-        files = {folder / shard_name(number, len(shards)): shard for number, shard in enumerate(shards, start=1)}
         with PositionedWriter(files) as writer:
             yield writer
         if finish is not None:
             finish(folder)
+
+
+def plan_apart(
+    infos: Shard, changed: Container[str], shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[dict[str, TensorInfo]]:
+    """Shards of the tensors that change, then of the others, so that the latter need not be stored again.
+
+    Where those are few bytes, or all there is, the shards are as ever: one file is handier than two.
+    """
+    rest = {name: info for name, info in infos.items() if name not in changed}
+    if len(rest) == len(infos) or sum(info.num_bytes for info in rest.values()) < WORTH_APART:
+        return plan_shards(infos, shard_bytes)
+    own = {name: info for name, info in infos.items() if name in changed}
+    return plan_shards(own, shard_bytes) + plan_shards(rest, shard_bytes)
+
+
+def _shared_files(earlier: Path, shards: Sequence[Shard], unchanged: Sequence[int]) -> dict[str, Path]:
+    """The files of an earlier folder, by name, that hold just what unchanged shards (by number) are to hold."""
+    found = {}
+    for number in unchanged:
+        name, shard = shard_name(number, len(shards)), shards[number - 1]
+        header, file = make_header(shard)[0], earlier / shard_name(number, len(shards))
+        if file.is_file() and file.stat().st_size == len(header) + sum(info.num_bytes for info in shard.values()):
+            with open(file, "rb") as stream:
+                if stream.read(len(header)) == header:
+                    found[name] = file
+    return found
 
 
 def check_space(base: Checkpoint, output: Path, dtype: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from manyshot.errors import ModelError
 from manyshot.export import copy_side_files, export_model, output_info
 from manyshot.export_card import model_card
 from manyshot.export_source import ExportSource
-from manyshot.rundir import atomic_folder, require_space, write_text
+from manyshot.rundir import atomic_folder, link_or_copy, require_space, write_text
 from manyshot.task_vector import StoredTaskVector
 from manyshot.tensors import INDEX_NAME, Checkpoint, TensorInfo, find_weight_files
 
@@ -76,20 +75,10 @@ def _same_disk(one: Path, other: Path) -> bool:
 def copy_weights(source: Path, folder: Path) -> bool:
     """Put a model folder's weights, and the index of its shards, into another one; True where all are hard links."""
     index = [source / INDEX_NAME] if (source / INDEX_NAME).is_file() else []
-    linked = [_link_or_copy(file.resolve(), folder / file.name) for file in find_weight_files(source)]
+    linked = [link_or_copy(file.resolve(), folder / file.name) for file in find_weight_files(source)]
     for file in index:
         shutil.copyfile(file, folder / file.name)
     return all(linked)
-
-
-def _link_or_copy(source: Path, target: Path) -> bool:
-    """A hard link, or a copy where the disk makes none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        return False
-    return True
 
 
 def check_written(folder: Path, wanted: dict[str, TensorInfo]) -> None:

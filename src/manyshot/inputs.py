@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from manyshot.allocation import MOST_TIMES_EVEN
 from manyshot.base_model import BaseModel, find_base_model
 from manyshot.errors import DataError, ModelError
 from manyshot.evaluate import encode_choices, encode_references
+from manyshot.export import side_files
 from manyshot.launcher import check_launch
 from manyshot.local_update import encode_held_out
 from manyshot.match import open_experts
@@ -29,9 +28,9 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
-from manyshot.outer import MEMORIES
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, require_space
+from manyshot.sizes import Sizes, left_after, peak, sizes_of
 from manyshot.tasks import Encoded, Task, drop_overlong, encode_all, encode_prompt, load_task, training_order
 from manyshot.tensors import Checkpoint
 from manyshot.trainer import check_trainer_arguments
@@ -40,13 +39,14 @@ from manyshot.trainer import check_trainer_arguments
 @dataclass(frozen=True)
 class Inputs:
     """Everything a run reads, loaded and checked. `changed_entries` counts the weights that training may change,
-    `mean_tokens` the tokens of a training example, by task.
+    `mean_tokens` the tokens of a training example, by task; `sizes` are those of the files that it will write.
     """
 
     base: BaseModel
     tasks: tuple[Task, ...]
     changed_entries: int
     mean_tokens: Mapping[str, float]
+    sizes: Sizes
 
 
 def check_inputs(recipe: Recipe) -> Inputs:
@@ -64,20 +64,35 @@ def check_inputs(recipe: Recipe) -> Inputs:
         tokenizer = load_tokenizer(base.path, trust_remote_code=recipe.trust_remote_code)
         model = meta_model(base.path, trust_remote_code=recipe.trust_remote_code)
         check_attention(model, recipe.local_update.attn_implementation)
-    changed_entries = max(check_model(recipe, base, model), check_experts(recipe, base))
+    changed = {*check_model(recipe, base, model), *check_experts(recipe, base)}
     tasks = without_overlong(recipe, tasks, tokenizer)
     mean_tokens = check_texts(recipe, tasks, tokenizer, model.get_input_embeddings().weight.shape[0])
-    return Inputs(base, tasks, changed_entries, mean_tokens)
+    checkpoint = Checkpoint(base.path)
+    infos = {name: checkpoint.info(name) for name in checkpoint.names}
+    entries = sum(infos[name].num_elements for name in changed)
+    side = sum(file.stat().st_size for file in side_files(base.path))
+    sizes = sizes_of(recipe, infos, changed, adapted_layers(recipe, model), side)
+    return Inputs(base, tasks, entries, mean_tokens, sizes)
 
 
-def check_experts(recipe: Recipe, base: BaseModel) -> int:
-    """Open the experts that exist already. Returns how many weights they change. Raises ModelError naming the task."""
+def adapted_layers(recipe: Recipe, model: Any) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every module that gets an adapter; none where all weights are trained."""
+    if recipe.local_update.method == "full":
+        return {}
+    try:
+        names = check_target_modules(model, recipe.local_update)
+    except ModelError:  # of a command, which need not train these; for all others it was raised before
+        return {}
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def check_experts(recipe: Recipe, base: BaseModel) -> set[str]:
+    """Open the experts that exist already. Returns what they change. Raises ModelError naming the task."""
     experts = {name: Path(spec.expert) for name, spec in recipe.tasks.items() if spec.expert}
     if not experts:
-        return 0
-    checkpoint = Checkpoint(base.path)
-    changed = {name for update in open_experts(checkpoint, experts) for name in update.names}
-    return sum(checkpoint.info(name).num_elements for name in changed)
+        return set()
+    return {name for update in open_experts(Checkpoint(base.path), experts) for name in update.names}
 
 
 def check_tasks(recipe: Recipe) -> tuple[Task, ...]:
@@ -95,10 +110,10 @@ def check_tasks(recipe: Recipe) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
+def check_model(recipe: Recipe, base: BaseModel, model: Any) -> list[str]:
     """Check that training can change, and merging can find, every tensor that it means to.
 
-    Returns how many weights those are. Raises ModelError naming the tensor or the target module.
+    Returns their names. Raises ModelError naming the tensor or the target module.
     """
     checkpoint = Checkpoint(base.path)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -122,16 +137,13 @@ def check_model(recipe: Recipe, base: BaseModel, model: Any) -> int:
                 "to another); choose other local_update.target_modules"
             )
     _check_overrides(recipe, changed)
-    return sum(checkpoint.info(name).num_elements for name in changed)
+    return changed
 
 
-def _changed_by_command(recipe: Recipe, checkpoint: Checkpoint, model: Any) -> int:
+def _changed_by_command(recipe: Recipe, checkpoint: Checkpoint, model: Any) -> list[str]:
     """What a trainer of the user's own changes is not known before: the adapted layers, where the recipe names such."""
-    try:
-        names = [f"{module}.weight" for module in check_target_modules(model, recipe.local_update)]
-    except ModelError:
-        names = list(checkpoint.names)
-    return sum(checkpoint.info(name).num_elements for name in names if name in checkpoint)
+    layers = [f"{module}.weight" for module in adapted_layers(recipe, model)]
+    return [name for name in layers if name in checkpoint] or list(checkpoint.names)
 
 
 def _check_overrides(recipe: Recipe, changed: Sequence[str]) -> None:
@@ -211,19 +223,10 @@ def _check_ids(ids: tuple[int, ...], vocabulary: int, where: str) -> None:
 
 
 def check_space(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> None:
-    """Refuse what the disk cannot hold: a merged model and float32 task vectors for every round still to come."""
-    rounds = range(1, recipe.protocol.rounds + 1)
-    num_left = sum(not (folder.round(r) / "DONE.json").exists() for r in rounds)
-    checkpoint = Checkpoint(inputs.base.path)
-    dtype = recipe.merge.output_dtype
-    width = getattr(torch, dtype).itemsize if dtype else None
-    infos = [checkpoint.info(name) for name in checkpoint.names]
-    merged = sum(info.num_elements * (width or info.itemsize) for info in infos)
-    dense = 4 * inputs.changed_entries
-    experts = len(inputs.tasks) * dense if recipe.local_update.method == "full" else 0
-    experts *= 3 if recipe.local_update.optimizer_state == "kept" else 1  # with two moments each
-    outer = len(MEMORIES[recipe.merge.outer_optimizer]) * dense
-    searched = 2 * dense if recipe.method.searches_scaling and num_left else 0  # during one merge
-    searched += dense if recipe.merge.on_regression == "rollback" and num_left else 0
-    needed = num_left * (merged + dense + experts + outer) + searched
+    """Refuse what the disk cannot hold: the most that there will be beside what finished rounds have left."""
+    rounds, done = recipe.protocol.rounds, 0
+    while done < rounds and (folder.round(done + 1) / "DONE.json").exists():
+        done += 1
+    num_left = rounds - done
+    needed = peak(recipe, inputs.sizes, done) - sum(left_after(recipe, inputs.sizes, done).values())
     require_space(folder.path, needed, f"what {num_left} rounds will write")

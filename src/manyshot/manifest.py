@@ -85,6 +85,16 @@ def _same(one: Json | None, other: Json) -> bool:
     return one is not None and (one["bytes"], one["sha256"]) == (other["bytes"], other["sha256"])
 
 
+def linked_digests(folder: Path, other: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The hashes in the manifest of `other`, for those files of `folder` that are hard links to the same ones there."""
+    named, found = read_manifest(other)["files"], {}
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if name in named and (other / name).is_file() and (other / name).samefile(file):
+            found[name] = named[name]["sha256"]
+    return found
+
+
 def unseal(folder: Path, step: str) -> None:
     """Forget what a step left, as it will leave something else now."""
     manifest = read_manifest(folder)

@@ -243,7 +243,7 @@ def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> tuple[s
         chosen |= found.keys()
     for key, patterns in (("rank_pattern", update.rank_pattern), ("alpha_pattern", update.alpha_pattern)):
         for pattern in patterns:
-            if not any(_matches(pattern, name) for name in chosen):
+            if not any(matches_module(pattern, name) for name in chosen):
                 raise ModelError(
                     f"local_update.{key}: '{pattern}' matches no adapted module"
                     f"{suggestion(pattern, update.target_modules)}"
@@ -251,7 +251,7 @@ def check_target_modules(model: torch.nn.Module, update: LocalUpdate) -> tuple[s
     return tuple(sorted(chosen))
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches_module(pattern: str, name: str) -> bool:
     """Whether PEFT applies a rank or alpha pattern to a module: a regular expression for the end of its name."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from manyshot.errors import ModelError
-from manyshot.tensor_writer import write_tensors
-from manyshot.tensors import Checkpoint
+from manyshot.rundir import atomic_file
+from manyshot.tensor_writer import SafetensorsWriter
+from manyshot.tensors import Checkpoint, TensorInfo
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 
@@ -17,18 +18,23 @@ OPTIMIZER_NAME = "optimizer.safetensors"
 def write_state(optimizer: Any, model: torch.nn.Module, file: Path, carried: Path | None = None) -> None:
     """Write `<parameter>.<entry>` for all that the optimizer has trained; `carried` says it of what was frozen now.
 
+    Tensor by tensor: the moments of all weights are twice the model.
     Raises ModelError for NaN and Inf: a moment that overflowed stops its parameter for good, and no loss would tell.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stored = Checkpoint(carried) if carried is not None else None
-    tensors = {name: stored.read(name) for name in stored.names} if stored is not None else {}
+    infos = {name: stored.info(name) for name in stored.names} if stored is not None else {}
+    tensors: dict[str, torch.Tensor] = {}
     for parameter in _parameters(optimizer):
         for entry, value in optimizer.state[parameter].items():
             name = f"{names[id(parameter)]}.{entry}"
             if not torch.isfinite(value).all():
                 raise ModelError(f"optimizer state '{name}' holds NaN or Inf; the local update diverged")
-            tensors[name] = value
-    write_tensors(file, tensors)
+            tensors[name], infos[name] = value, TensorInfo.of(value.shape, value.dtype)
+    infos = {name: infos[name] for name in sorted(infos)}
+    with atomic_file(file) as stream, SafetensorsWriter(stream, infos) as writer:
+        for name in infos:
+            writer.write(name, tensors[name] if stored is None or name in tensors else stored.read(name))
 
 
 def load_state(optimizer: Any, model: torch.nn.Module, file: Path) -> None:

@@ -158,6 +158,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Put a file under a second name; True where that is a hard link, False for a copy: the file system makes none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        return False
+    return True
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically, with sorted keys and a final newline: the same value gives the same bytes."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")

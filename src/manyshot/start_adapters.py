@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.recipe import Recipe
+from manyshot.removed import refuse_removed
 from manyshot.rundir import ROLLBACK, RunFolder
 from manyshot.training_spec import LocalUpdate
 
@@ -33,11 +34,14 @@ def own_adapter(recipe: Recipe, folder: RunFolder, round_index: int, task: str) 
 def start_factors(adapter_start: str, folder: RunFolder, round_index: int, task: str) -> Path | None:
     """What a task's adapter of a round that is there began with: its own factors, or what was carried on to all tasks.
 
-    None where it drew fresh ones. `adapter_start` is the recipe's.
+    None where it drew fresh ones. `adapter_start` is the recipe's. Raises RunFolderError where `keep` had it removed.
     """
+    wanted = f"the expert of task '{task}' in round {round_index}"
     if adapter_start == "own" and (place := last_update(folder, round_index, task)) is not None:
+        refuse_removed(folder.path, place / "adapter", wanted)
         return place / "adapter"
     carried = folder.round(round_index - 1) / "carried_adapter"
+    refuse_removed(folder.path, carried, wanted)
     return carried if carried.is_dir() else None
 
 

@@ -19,7 +19,7 @@ from manyshot.gap_weights import (
     normalized_weights,
     weights_without_gaps,
 )
-from manyshot.manifest import files_in
+from manyshot.manifest import files_in, linked_digests
 from manyshot.match import open_experts
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
@@ -111,6 +111,7 @@ def merge(
     report = merge_task_vectors(run, folder, round_index, start, experts, weights)
     state = replace(run.pretrained, task_vector=folder / "task_vector.safetensors")
     pretrained = Checkpoint(run.base.path)
+    earlier = run.folder.round(round_index - 1) / "merged"
     if not run.trial and not (folder / "merged" / "config.json").exists() and not _is_left_out(run, folder / "merged"):
         dtype = run.recipe.merge.output_dtype
         with run.progress.timed("save", round_index):
@@ -119,9 +120,12 @@ def merge(
                 StoredTaskVector(folder / "task_vector.safetensors"),
                 folder / "merged",
                 dtype=dtype,
+                apart=True,
+                earlier=earlier,
             )
     # the card tells of what is measured later
-    seal_step(run, folder, "merged model", *(file for file in files_in(folder / "merged") if file.name != "README.md"))
+    files = [file for file in files_in(folder / "merged") if file.name != "README.md"]
+    seal_step(run, folder, "merged model", *files, known=linked_digests(folder, earlier.parent, files))
     start_from = str(start.task_vector.parent.name) if start.task_vector else "pretrained"
     return Merged(state, report["kept_share"], start_from, _digests(report))
 

@@ -21,7 +21,7 @@ from manyshot.models import ModelState
 from manyshot.optimizer_state import OPTIMIZER_NAME
 from manyshot.recipe import Recipe
 from manyshot.removed import made_again, refuse_removed
-from manyshot.rundir import atomic_folder, content_key, read_json
+from manyshot.rundir import atomic_folder, content_key, link_or_copy, read_json
 from manyshot.start_adapters import last_update, own_adapter
 from manyshot.status import resume_command
 from manyshot.steps import Expert, Json, Run
@@ -157,7 +157,6 @@ def _train(
         if not run.trial and finished_update(job) is None:
             _check_start(run, job)
     attempts = [Attempt(job, skips) for job in jobs]
-    attempts = [Attempt(job, skips) for job in jobs]
     try:
         records = map_unfinished(run.executor, try_local_update, attempts, run.progress, _is_finished)
     except TrainingError as error:
@@ -279,7 +278,7 @@ def _reuse_expert(job: LocalUpdateJob, expert: Path) -> None:
     with atomic_folder(job.folder) as folder:
         for name in ("adapter", "model"):
             if (expert / name).is_dir():
-                shutil.copytree(expert / name, folder / name)
+                shutil.copytree(expert / name, folder / name, copy_function=link_or_copy)
         if (expert / OPTIMIZER_NAME).exists():
-            shutil.copyfile(expert / OPTIMIZER_NAME, folder / OPTIMIZER_NAME)
+            link_or_copy(expert / OPTIMIZER_NAME, folder / OPTIMIZER_NAME)
         shutil.copyfile(expert / RECORD, folder / RECORD)

@@ -98,6 +98,11 @@ class PositionedWriter:
             raise
         self._flusher.start()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that belong into the files, in order."""
+        return tuple(self._place)
+
     def write(self, name: str, start: int, entries_P: torch.Tensor) -> None:
         """Put entries (CPU, of the tensor's type) at position `start` of the flattened tensor."""
         import torch
