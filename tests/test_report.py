@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from compare_table_helpers import make_results
+from manyshot import fault_points
 from manyshot.errors import RunFolderError
 from manyshot.report_build import Report, build_report, distinct_names
 from manyshot.report_command import write_report
 from manyshot.report_page import Figure, Section
+from manyshot.run_lock import one_writer
+from manyshot.rundir import PARTIAL, atomic_file
 from report_helpers import LONG, FakeRun, task_names, write
 
 
@@ -26,6 +29,33 @@ def figure(report: Report, name: str) -> Figure:
 
 def problems(report: Report) -> dict[str, str]:
     return {problem.file: problem.message for problem in report.page.problems}
+
+
+def test_two_writers_of_a_report_share_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`manyshot report` while the run itself writes its report."""
+    folder = FakeRun(tmp_path / "run").write()
+    opened: list[Path] = []
+
+    def other(point: str, path: Path) -> None:
+        opened.extend([path] if point == "open" else [])
+        if point == "fsync" and len(opened) == 1:
+            write_report([folder])
+
+    monkeypatch.setattr(fault_points, "LISTENERS", [other])
+    result = write_report([folder])
+    assert result.html.stat().st_size > 1000 and not list(folder.rglob(f"*{PARTIAL}"))
+    assert len(opened) == len(set(opened)) > 3 and all(path.name.endswith(PARTIAL) for path in opened)
+
+
+def test_a_report_that_was_killed_is_cleared_away_by_the_next_writer(tmp_path: Path) -> None:
+    folder = FakeRun(tmp_path / "run").write()
+    with pytest.raises(KeyboardInterrupt), atomic_file(folder / "report.html", "killed") as stream:
+        (folder / "report.html.another.partial").write_text("half")  # whose writer is gone
+        stream.write(b"half")
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.glob(f"*{PARTIAL}")] == ["report.html.another.partial"]
+    with one_writer(folder):
+        assert not list(folder.glob(f"*{PARTIAL}"))
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from manyshot.errors import RunFolderError
 from manyshot.report_build import Report, build_report
@@ -47,10 +48,12 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> ReportRes
     own = report.page.kind == "comparison" and (output / "results.json").exists()
     if not own:  # `manyshot compare` writes a report.md with its figures there
         texts[markdown] = render_markdown(report.page)
+    # a run that is going on writes its report too: no lock is held here, so nobody's temporary file is shared
+    writer = uuid4().hex[:12]
     try:
         output.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
-            write_text(path, text)
+            write_text(path, text, writer)
     except OSError as error:
         what = f"{error.filename or output}: {error.strerror or error}"
         raise RunFolderError(f"{what}; the report was not written") from error

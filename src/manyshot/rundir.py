@@ -84,10 +84,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open `<path>.partial` for writing; on success fsync and rename to `path`, on failure remove it."""
+def atomic_file(path: Path, writer: str = "") -> Iterator[IO[bytes]]:
+    """Open `<path>.partial` for writing; on success fsync and rename to `path`, on failure remove it.
+
+    Who writes without the folder's lock says who it is: `<path>.<writer>.partial` is nobody else's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{writer}{PARTIAL}" if writer else path.name + PARTIAL)
     try:
         with open(partial, "wb") as stream:
             passing("open", partial)
@@ -191,12 +194,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; one that says so already is left alone."""
+def write_text(path: Path, text: str, writer: str = "") -> None:
+    """Write a text file atomically; one that says so already is left alone. `writer`: see atomic_file."""
     blob = text.encode()
     if path.is_file() and path.read_bytes() == blob:
         return
-    with atomic_file(path) as stream:
+    with atomic_file(path, writer) as stream:
         stream.write(blob)
 
 
