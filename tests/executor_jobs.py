@@ -47,15 +47,15 @@ def look(job: Named, progress: Progress) -> Seen:
     return Seen(job.number, os.getpid(), cores, os.environ.get("OMP_NUM_THREADS", ""), gpus)
 
 
-def meet(job: Named, progress: Progress) -> float:
-    """Ends when another job has begun as well: two have to run at once."""
+def meet(job: Named, progress: Progress) -> Seen:
+    """Looks when another job has begun as well: two have to run at once."""
     (job.folder / f"here{job.number}").touch()
     deadline = time.monotonic() + 60
     while len(list(job.folder.glob("here*"))) < 2:
         if time.monotonic() > deadline:
             raise DataError("nobody else came")
         time.sleep(0.02)
-    return time.monotonic()
+    return look(job, progress)
 
 
 def fail_on_one(job: Named, progress: Progress) -> int:

@@ -125,9 +125,7 @@ def refuse_too_large(spec: RayExecution, nodes: Sequence[Mapping[str, float]]) -
         return
     there = Counter(describe(node) for node in nodes)
     shown = "; ".join(f"{count} × {node}" for node, count in there.items())
-    raise WorkerError(
-        f"executor: a task asks for {describe(asked)}, which no node of the cluster has; there are: {shown}"
-    )
+    raise WorkerError(f"executor: a task asks for {describe(asked)}, which no node has; there are: {shown}")
 
 
 def describe(resources: Mapping[str, float]) -> str:
