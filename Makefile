@@ -6,7 +6,7 @@ INPUTS ?= 100000
 # 25 GB of checkpoints for the merge benchmark are made here
 BENCH_WORK ?= /tmp/manyshot-bench
 
-.PHONY: setup demo study-quick test test-slow check docs fuzz audit bench clean
+.PHONY: setup demo study-quick test test-slow check docs fuzz audit lock bench clean
 
 setup: .venv/.installed
 
@@ -45,6 +45,12 @@ fuzz: setup
 audit: setup
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+# the files of the tested versions, by hash: after every change of constraints.txt
+lock: setup
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --python-version 3.11 \
+		--custom-compile-command 'make lock' --output-file requirements.lock constraints.txt
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
