@@ -346,7 +346,7 @@ ALLOWED: dict[str, set[str]] = {
         "steps_regression",
         "steps_train",
     },
-    "check_merged": {"errors", "local_update", "loss_gap", "models", "steps", "tensors"},
+    "check_merged": {"errors", "evaluate", "local_update", "measure_parts", "models", "rundir", "steps", "tensors"},
     "segments": {"errors", "rundir"},
     "steps_extend": {
         *{"evaluate", "manifest", "models", "normalize", "older_recipe", "recipe", "recipe_file", "segments", "steps"},

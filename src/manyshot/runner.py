@@ -68,6 +68,8 @@ def run(
     `repair` resumes a run whose files were changed, and redoes the steps that had left these.
     Raises ManyshotError for every input that cannot be used; what is written stays, and a resume goes on from it.
     """
+    if recipe.executor.name == "ray":
+        output = output.absolute()  # tasks on other nodes begin in another folder
     folder, resume = RunFolder(output), resume or repair
     check_folder(folder, resume=resume, force=force)
     with disk_errors(output), preserved_random_state(), one_writer(output) as before, ExitStack() as stack:
