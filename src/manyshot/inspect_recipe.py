@@ -167,20 +167,24 @@ def _adapter_entries(recipe: Recipe, inputs: Inputs) -> int:
 
 def estimate_memory(recipe: Recipe, inputs: Inputs, mean_length: float) -> dict[str, int]:
     """Peak of a local update: weights, trainable state, activations, logits. An estimate from the model's shape."""
-    lora = _adapter_entries(recipe, inputs)
+    config = load_config(inputs.base.path, trust_remote_code=recipe.trust_remote_code).get_text_config()
+    checkpoint = Checkpoint(inputs.base.path)
+    total = sum(checkpoint.info(name).num_elements for name in checkpoint.names)
+    trained = _adapter_entries(recipe, inputs) or inputs.changed_entries
+    return memory_parts(recipe, config, total, trained, mean_length)
+
+
+def memory_parts(recipe: Recipe, config: Any, total: int, trained: int, mean_length: float) -> dict[str, int]:
+    """The same for a model of `total` weights, described by its configuration, of which `trained` entries train."""
     update = recipe.local_update
-    config = load_config(inputs.base.path, trust_remote_code=recipe.trust_remote_code)
-    config = config.get_text_config()
-    width = choose_placement(update).dtype.itemsize
-    total = sum(Checkpoint(inputs.base.path).info(name).num_elements for name in Checkpoint(inputs.base.path).names)
+    full, width = update.method == "full", choose_placement(update).dtype.itemsize
     micro = update.micro_batch_size or update.batch_size
     tokens = micro * min(update.max_length, 2 * mean_length)
-    trained = lora or inputs.changed_entries
     # per token and layer: about 16 hidden-sized and 4 MLP-sized values are kept for the backward pass
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 0))
     parts = {
-        "weights": total * width,
-        "optimizer": trained * 16,  # float32 master, gradient and two moments
+        "weights": total * (4 if full else width),  # all weights train in float32: they are their own master
+        "optimizer": trained * (12 if full else 16),  # gradient and two moments, and an adapter's float32 weights
         "activations": int(tokens * per_token * width),
         "logits": int(tokens * config.vocab_size * 4 * 2),
     }

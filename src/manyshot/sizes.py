@@ -115,14 +115,27 @@ def peak(recipe: Recipe, sizes: Sizes, done: int = 0) -> int:
         found.append(_alone(recipe, sizes) + post_hoc)
     for r in range(done + 1, recipe.protocol.rounds + 1):
         before = sum(left_after(recipe, sizes, r - 1).values())
+        written = round_writes(recipe, sizes, r)
         shared = recipe.protocol.rounds == 1 and recipe.evaluation.experts
-        trained = 0 if shared else _experts(recipe, sizes, r) + _states(recipe, sizes, r)
-        merging = sizes.dense + _outer(recipe, sizes, r)
+        trained = 0 if shared else written["experts"] + written["optimizer_states"]
+        merging = written["task_vectors"] + written["outer_states"]
         aside = 2 * sizes.dense if recipe.method.searches_scaling else 0  # the update, and a model to measure
         aside += sizes.dense if recipe.merge.on_regression == "rollback" else 0
-        written = _merged(sizes, r) - _merged(sizes, r - 1) + _carried(recipe, sizes)
-        found.append(before + trained + merging + max(aside, written))
+        merged = written["merged_models"] + written["carried_adapter"]
+        found.append(before + trained + merging + max(aside, merged))
     return max(found)
+
+
+def round_writes(recipe: Recipe, sizes: Sizes, round_index: int) -> Parts:
+    """What one round adds, before anything is removed."""
+    return {
+        "experts": _experts(recipe, sizes, round_index),
+        "optimizer_states": _states(recipe, sizes, round_index),
+        "task_vectors": sizes.dense,
+        "outer_states": _outer(recipe, sizes, round_index),
+        "merged_models": _merged(sizes, round_index) - _merged(sizes, round_index - 1),
+        "carried_adapter": _carried(recipe, sizes),
+    }
 
 
 def _rounds_kept(recipe: Recipe, done: int) -> tuple[list[int], list[int], list[int]]:
