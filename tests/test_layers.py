@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
             "yaml_text",
             "compare_recipe",
             "errors",
+            "federated_recipe",
             "merge_recipe",
             "mergekit_yaml",
             "operators",
@@ -123,6 +124,13 @@ ALLOWED: dict[str, set[str]] = {
             "tune_recipe",
         },
     },
+    "federated_recipe": {"operators", "recipe", "task_spec"},
+    "federated": {
+        *{"base_model", "errors", "export", "federated_recipe", "gap_weights", "match", "outer", "peft_adapter"},
+        *{"recipe_file", "round_merge", "rundir", "task_vector", "tensor_writer", "tensors"},
+    },
+    "federated_client": {"models", "peft_adapter", "task_vector", "tensors"},
+    "flower": {"base_model", "errors", "federated", "federated_client", "federated_recipe", "recipe_file"},
     "starter": {"executor_spec", "keep_spec", "operators", "recipe", "tracker_spec"},
     "status": {"yaml_text", "errors", "misshapen", "rundir", "segments"},
     "live_metrics": set(),
@@ -464,6 +472,7 @@ DOORS: dict[str, set[str]] = {
         "compare_recipe",
         "compare_spec",
         "executor_spec",
+        "federated_recipe",
         "launched_update",
         "launcher",
         "merge_recipe",
@@ -509,6 +518,7 @@ DOORS: dict[str, set[str]] = {
     "trackio": {"tracker_backends"},
     "mlflow": {"tracker_backends"},
     "optuna": {"tune_sampler"},
+    "flwr": {"flower"},
     "ray": {"ray_executor"},
 }
 FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

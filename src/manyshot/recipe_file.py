@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.errors import RecipeError
+from manyshot.federated_recipe import FederatedRecipe
 from manyshot.merge_recipe import MergeRecipe
 from manyshot.mergekit_yaml import from_mergekit, is_mergekit
 from manyshot.operators import Operator
@@ -28,7 +29,7 @@ SPLITS = ("train", "validation", "test")
 # keys whose value may be a name alone, where they are sections with a key `name`
 NAMED_CHOICES = ("operator", "executor")
 
-AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe, CompareRecipe, TuneRecipe)
+AnyRecipe = TypeVar("AnyRecipe", Recipe, MergeRecipe, CompareRecipe, TuneRecipe, FederatedRecipe)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -58,6 +59,12 @@ def load_tune_recipe(path: Path, overrides: Sequence[str] = ()) -> TuneRecipe:
     """Read the recipe of a search; as load_recipe()."""
     raw, source, problems = _read(path)
     return _build(TuneRecipe, raw, source, overrides, problems, path.resolve().parent)
+
+
+def load_federated_recipe(path: Path, overrides: Sequence[str] = ()) -> FederatedRecipe:
+    """Read what a federation's server needs. Raises RecipeError, each line naming file, line and key."""
+    raw, source, problems = _read(path)
+    return _build(FederatedRecipe, raw, source, overrides, problems, path.resolve().parent)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Source, list[str]]:
@@ -95,6 +102,11 @@ def compare_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str]
 def tune_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> TuneRecipe:
     """The recipe of a search from Python data; relative paths are seen from the current folder."""
     return _build(TuneRecipe, copy.deepcopy(dict(raw)), Source("tune"), overrides, [], Path.cwd())
+
+
+def federated_recipe_from_mapping(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> FederatedRecipe:
+    """The recipe of a federation from Python data; relative paths are seen from the current folder."""
+    return _build(FederatedRecipe, copy.deepcopy(dict(raw)), Source("federation"), overrides, [], Path.cwd())
 
 
 def _build(
@@ -247,7 +259,7 @@ def _looks_local(value: str) -> bool:
     )
 
 
-def to_yaml(recipe: Recipe | MergeRecipe | CompareRecipe) -> str:
+def to_yaml(recipe: Recipe | MergeRecipe | CompareRecipe | FederatedRecipe) -> str:
     """The resolved recipe, every default written out."""
     text: str = yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
@@ -257,7 +269,9 @@ def to_yaml(recipe: Recipe | MergeRecipe | CompareRecipe) -> str:
 
 __all__ = [
     "compare_recipe_from_mapping",
+    "federated_recipe_from_mapping",
     "load_compare_recipe",
+    "load_federated_recipe",
     "load_merge_recipe",
     "load_recipe",
     "load_tune_recipe",
