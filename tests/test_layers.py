@@ -84,6 +84,15 @@ ALLOWED: dict[str, set[str]] = {
         *{"start_adapters", "tasks", "tensors", "trainer"},
     },
     "returned_expert": {"errors", "folder_links", "match", "peft_adapter", "rundir", "task_vector", "tensors"},
+    "by_hand": {
+        *{"base_model", "errors", "executors", "local_update", "manifest", "models", "peft_adapter"},
+        *{"progress", "recipe", "returned_expert", "run_identity", "run_lock", "rundir", "steps", "steps_train"},
+        *{"task_spec", "tasks", "tensors", "yaml_text"},
+    },
+    "by_hand_merge": {
+        *{"by_hand", "card_text", "compare_render", "errors", "local_update", "manifest", "normalize", "progress"},
+        *{"rounds", "run_lock", "rundir", "steps", "steps_guard", "steps_merge", "steps_train"},
+    },
     "command_update": {
         *{"errors", "export", "models", "recipe", "returned_expert", "rundir", "seeding", "task_vector", "tensors"},
         "trainer_command",
@@ -132,7 +141,7 @@ ALLOWED: dict[str, set[str]] = {
     "federated_client": {"models", "peft_adapter", "task_vector", "tensors"},
     "flower": {"base_model", "errors", "federated", "federated_client", "federated_recipe", "recipe_file"},
     "starter": {"executor_spec", "keep_spec", "operators", "recipe", "tracker_spec"},
-    "status": {"yaml_text", "errors", "misshapen", "rundir", "segments"},
+    "status": {"yaml_text", "errors", "misshapen", "rundir", "segments", "task_spec"},
     "live_metrics": set(),
     "live_estimate": {"live_metrics", "status"},
     "live_state": {
@@ -150,7 +159,7 @@ ALLOWED: dict[str, set[str]] = {
     "task_spec": set(),
     "sources": {"data_files", "errors", "seeding", "task_spec"},
     "examples": {"data_files", "errors", "task_spec"},
-    "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources"},
+    "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources", "task_spec"},
     "metrics": {"demo", "errors", "examples"},
     "models": {"remote_code", "errors", "recipe", "rundir", "seeding", "task_vector", "tensor_writer", "tensors"},
     "base_model": {"errors", "folder_links", "models", "remote_code", "rundir", "tensors"},
@@ -367,7 +376,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "older_recipe": {"content", "errors", "operators", "recipe_file", "yaml_text"},
     "run_identity": {
-        *{"errors", "inputs", "models", "older_recipe", "recipe", "recipe_file", "rundir", "secret_text", "yaml_text"},
+        *{"base_model", "errors", "models", "older_recipe", "recipe", "recipe_file", "rundir", "secret_text", "tasks"},
+        "yaml_text",
     },
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},
@@ -507,6 +517,7 @@ DOORS: dict[str, set[str]] = {
         "cli_inspect",
         "cli_merge",
         "cli_report",
+        "cli_round",
         "cli_runs",
         "cli_tune",
     },

@@ -14,6 +14,7 @@ from manyshot.cli_export import export
 from manyshot.cli_inspect import inspect
 from manyshot.cli_merge import merge
 from manyshot.cli_report import report
+from manyshot.cli_round import app as round_app
 from manyshot.cli_runs import push, serve, status
 from manyshot.cli_tune import tune
 
@@ -227,3 +228,4 @@ app.command()(report)
 app.command()(status)
 app.command()(serve)
 app.command()(push)
+app.add_typer(round_app)

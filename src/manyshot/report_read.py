@@ -48,6 +48,7 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problems: list[Problem] = []
+        self.scored = True  # whether there are test scores, and answers, to be found
         self._read: dict[Path, dict[str, Any]] = {}
 
     def note(self, path: Path, message: str) -> None:
@@ -78,7 +79,7 @@ class Records:
 
     def scores(self, path: Path, tasks: Sequence[str], *, expected: bool) -> dict[str, Score]:
         """Score by task of scores.json."""
-        found = self.read(path, expected=expected)
+        found = self.read(path, expected=expected and self.scored)
         scores = {task: score for task in tasks if (score := example_score(found.get(task))) is not None}
         values = {task: scores[task].score if task in scores else None for task in tasks}
         self._note_undefined(path, "score", values, found)
@@ -97,6 +98,7 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
     """
     folder, records = RunFolder(path), Records(path)
     outline = read_outline(folder)
+    records.scored = not outline.by_hand
     tasks, rounds, evaluation = outline.tasks, outline.rounds, outline.evaluation
     text = folder.recipe.read_text("utf-8")
     recipe = mapping(read_yaml(text))
@@ -167,7 +169,7 @@ def _seen(folder: RunFolder, rounds: int) -> list[int]:
 def _model(records: Records, place: Path, label: str, role: Role, tasks: list[str], *, expected: bool) -> Model:
     losses = records.losses(place / "losses.json", tasks, expected=expected)
     scores = records.scores(place / "scores.json", tasks, expected=expected)
-    outputs = records.read(place / "outputs.json", expected=expected)
+    outputs = records.read(place / "outputs.json", expected=expected and records.scored)
     return Model(label, role, losses, scores, example_scores=_example_scores(outputs, tasks))
 
 

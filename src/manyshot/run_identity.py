@@ -10,19 +10,20 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
 
+from manyshot.base_model import BaseModel
 from manyshot.errors import RunFolderError
-from manyshot.inputs import Inputs
 from manyshot.models import choose_placement
 from manyshot.older_recipe import run_as_now
 from manyshot.recipe import Recipe
 from manyshot.recipe_file import to_yaml
 from manyshot.rundir import RunFolder, read_json, write_json, write_text
 from manyshot.secret_text import redacted
+from manyshot.tasks import Task
 from manyshot.yaml_text import read_yaml
 
 Json = dict[str, Any]
@@ -39,7 +40,17 @@ MACHINE = ("packages", "python", "platform", "placement", "threads")
 RESUMED = "resumed_with"
 
 
-def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | None) -> list[str]:
+class WhatIsRead(Protocol):
+    """What decides the results of a run beside its recipe: inputs.Inputs, or the base model alone and empty tasks."""
+
+    @property
+    def base(self) -> BaseModel: ...
+
+    @property
+    def tasks(self) -> tuple[Task, ...]: ...
+
+
+def describe(recipe: Recipe, folder: RunFolder, inputs: WhatIsRead, command: str | None) -> list[str]:
     """Write recipe.yaml, splits.json and environment.json; on resume, return what differs and may.
 
     Raises RunFolderError with every difference in recipe, data or base model that would change the results.
@@ -67,7 +78,7 @@ def describe(recipe: Recipe, folder: RunFolder, inputs: Inputs, command: str | N
     return _note_machine(folder, before, now)
 
 
-def _with_added_tasks(folder: RunFolder, before: Json, inputs: Inputs) -> Json:
+def _with_added_tasks(folder: RunFolder, before: Json, inputs: WhatIsRead) -> Json:
     """environment.json with the tasks that an extended run has now; their recipe is the run's own already."""
     known = before.get("identity", {}).get("tasks", {})
     added = [task for task in inputs.tasks if task.name not in known]
@@ -131,12 +142,12 @@ def _leaves(value: Mapping[str, Any], key: str = "") -> Json:
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def identity_of(inputs: Inputs) -> Json:
+def identity_of(inputs: WhatIsRead) -> Json:
     """Digests of all that a run reads: equal digests, equal results."""
     return {"model": inputs.base.digest, "tasks": {task.name: task.digest() for task in inputs.tasks}}
 
 
-def environment(recipe: Recipe, inputs: Inputs, identity: Json, command: str | None) -> Json:
+def environment(recipe: Recipe, inputs: WhatIsRead, identity: Json, command: str | None) -> Json:
     """Versions, machine, placement and identity of the inputs, these also in parts: what says which of them changed."""
     return {
         "command": redacted(command or shlex.join(sys.argv)),

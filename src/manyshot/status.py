@@ -15,6 +15,7 @@ from manyshot.errors import RunFolderError
 from manyshot.misshapen import misshapen
 from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines
 from manyshot.segments import first_rounds
+from manyshot.task_spec import ELSEWHERE
 from manyshot.yaml_text import read_yaml
 
 # as recipe.TASK_NAME: names of tasks are names of folders, and no path
@@ -42,6 +43,7 @@ class Outline:
     rounds: int
     operator: str
     evaluation: dict[str, Any]
+    by_hand: bool = False  # the data is with teams, who tell losses and no scores
 
 
 def task_names(found: Iterable[object]) -> list[str]:
@@ -64,7 +66,9 @@ def read_outline(folder: RunFolder) -> Outline:
         tasks, rounds = task_names(recipe["tasks"]), int(recipe["protocol"]["rounds"])
         if not 0 < rounds * max(len(tasks), 1) <= MAX_STEPS:
             raise ValueError(f"{rounds} rounds of {len(tasks)} tasks")
-        return Outline(tasks, rounds, str(recipe["operator"]["name"]), evaluation)
+        specs = list(recipe["tasks"].values()) if isinstance(recipe["tasks"], dict) else []
+        by_hand = bool(specs) and all(isinstance(spec, dict) and spec.get("data") == ELSEWHERE for spec in specs)
+        return Outline(tasks, rounds, str(recipe["operator"]["name"]), evaluation, by_hand)
     except (UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise RunFolderError(f"{folder.recipe}: is not the recipe of a run ({type(error).__name__}: {error})") from None
 
@@ -99,7 +103,8 @@ def run_status(path: Path) -> dict[str, Any]:
 def planned_steps(folder: RunFolder, outline: Outline) -> list[Step]:
     """Every step of a run, in order."""
     tasks, evaluation = outline.tasks, outline.evaluation
-    steps = [Step("measure pretrained", "pretrained", "measure", folder.round(0) / "scores.json")]
+    measured = "losses.json" if outline.by_hand else "scores.json"
+    steps = [Step("measure pretrained", "pretrained", "measure", folder.round(0) / measured)]
     if evaluation["experts"]:
         places = {task: folder.expert(task) for task in tasks}
         steps += [
@@ -118,7 +123,7 @@ def planned_steps(folder: RunFolder, outline: Outline) -> list[Step]:
         model, there = f"round {r}", [task for task in tasks if r >= since.get(task, 1)]
         steps += [Step(f"{model}: {task}", model, "train", _update_record(folder, r, task), task) for task in there]
         steps.append(Step(f"{model}: merge", model, "merge", folder.round(r) / "merge.json"))
-        steps.append(Step(f"{model}: measure", model, "measure", folder.round(r) / "scores.json"))
+        steps.append(Step(f"{model}: measure", model, "measure", folder.round(r) / measured))
     return steps
 
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(ge=1)]
+# the `data` of a task whose examples stay where they are (rounds by hand)
+ELSEWHERE = "elsewhere"
 
 
 class Section(BaseModel):
@@ -66,7 +68,9 @@ Sources: TypeAlias = Annotated[
 class TaskSpec(Section):
     """One task: where its examples are, how they are read, and what is measured on them."""
 
-    data: str | None = Field(None, description="Hub id, folder, json/jsonl/csv/tsv/parquet file, or demo:<family>")
+    data: str | None = Field(
+        None, description="Hub id, folder, json/jsonl/csv/tsv/parquet file, demo:<family>, or elsewhere (any_trainer.md)"
+    )
     train: Sources | None = Field(None, description="training examples: a path or Hub id, a source, or several")
     validation: Sources | None = Field(None, description="as `train`; cut from the training data when not given")
     test: Sources | None = Field(None, description="as `train`; cut from the training data when not given")

@@ -17,6 +17,7 @@ from manyshot.examples import Example, Message, to_example
 from manyshot.recipe import Recipe, TaskSpec
 from manyshot.seeding import permutation
 from manyshot.sources import SPLITS, SourceRow, read_rows
+from manyshot.task_spec import ELSEWHERE
 
 # an example belongs to a task, whoever made it
 __all__ = [
@@ -114,6 +115,11 @@ def load_task(recipe: Recipe, name: str) -> Task:
     Raises DataError naming task, file, row and column.
     """
     spec, like = recipe.tasks[name], _first_alike(recipe, name)
+    if spec.data == ELSEWHERE:
+        raise DataError(
+            f"task '{name}': its data is {ELSEWHERE}, with the team that trains it; `manyshot round` merges what teams "
+            "send, and a run needs the data itself"
+        )
     chosen, num_dropped = _choose_rows(read_rows(spec, recipe.seed, like), recipe, like)
     parts = {
         split: _shuffled(_examples(rows, spec, f"task '{name}', {split}"), rows, recipe.seed, name, split)
