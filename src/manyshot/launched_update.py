@@ -77,11 +77,11 @@ def update_on_ranks(text: str, progress: Progress, rank: int, ranks: int) -> Non
 
 
 def _check_sharded(trainer: CompletionTrainer, job: LocalUpdateJob) -> None:
-    """accelerate shards on accelerators only, and says nothing where it trains copies instead."""
+    """accelerate trains copies, without a word, where it does not know how to shard."""
     asked = read_launch(job.recipe.local_update).sharding
-    done = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled}
-    if asked and not done[asked]:
-        raise ModelError(f"{job.where}: accelerate trained with {asked} on no {trainer.args.device.type} device")
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+    if {"": False, "fsdp": not sharded, "deepspeed": not trainer.is_deepspeed_enabled}[asked]:
+        raise ModelError(f"{job.where}: accelerate cannot shard with {asked} on {trainer.args.device.type}")
 
 
 # ---- one normal checkpoint -------------------------------------------------------------------------------------------

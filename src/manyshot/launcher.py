@@ -91,7 +91,10 @@ def run_launched(job: Any, update: LocalUpdate, folder: Path, where: str, progre
                 f"{launch.num_processes} processes were ended; {log} has their output"
             )
         if process.returncode:
-            raise _failure(work, log, launch.num_processes, where)
+            raise _failure(work, log, launch.num_processes, where) or TrainingError(
+                f"{where}: accelerate launch ended with exit code {process.returncode}, and no rank says why; {log} has "
+                "its output"
+            )
     remove(log)
 
 
@@ -147,8 +150,8 @@ def _end(process: subprocess.Popen[bytes], work: Path) -> None:
 # ---- when it fails ---------------------------------------------------------------------------------------------------
 
 
-def _failure(work: Path, log: Path, num_processes: int, where: str) -> Exception:
-    """What ended the launch: a rank that was killed, else the first rank that failed, else the launcher itself."""
+def _failure(work: Path, log: Path, num_processes: int, where: str) -> Exception | None:
+    """What ended the launch: a rank that was killed, else the first rank that failed."""
     for rank, code in ENDED.findall(log.read_text("utf-8", "replace")):
         if int(code) < 0 and -int(code) != signal.SIGTERM:  # which the others get for it
             name = signal.Signals(-int(code)).name
@@ -158,7 +161,7 @@ def _failure(work: Path, log: Path, num_processes: int, where: str) -> Exception
             )
     failed = sorted((json.loads(file.read_text("utf-8")) for file in work.glob(ERROR.format("*"))), key=_when)
     if not failed:
-        return TrainingError(f"{where}: accelerate launch ended before its ranks began; {log} has its output")
+        return None
     return _as_raised(failed[0], f"rank {failed[0]['rank']} of {num_processes}", log, where)
 
 
