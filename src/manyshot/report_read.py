@@ -226,7 +226,7 @@ def _read_round(
         scaling=number(searched.get("scaling")),
         search=_search_points(searched),
         outer_step=outer_step,
-        notes=notes + _taken_back(records, place),
+        notes=notes + _taken_back(records, place) + _removed(records, place),
     )
     return found, _model(records, place, f"after round {index}", "merged", tasks, expected=later)
 
@@ -254,6 +254,15 @@ def _search_points(searched: Mapping[str, Any]) -> list[tuple[float, float]]:
         for one in (points if isinstance(points, list) else [])
     ]
     return [(scaling, value) for scaling, value in pairs if scaling is not None and value is not None]
+
+
+def _removed(records: Records, place: Path) -> list[str]:
+    """What `keep` had removed of a round, and which key said so."""
+    found: dict[str, list[str]] = {}
+    for name, why in mapping(records.read(records.folder / "removed.json", expected=False).get("removed")).items():
+        if name.startswith(f"{place.name}/"):
+            found.setdefault(str(why), []).append(name.removeprefix(f"{place.name}/"))
+    return [f"removed, as {why}: {', '.join(names)}" for why, names in found.items()]
 
 
 def _taken_back(records: Records, place: Path) -> list[str]:

@@ -80,14 +80,17 @@ def read_failure(metrics: Path) -> str | None:
 
 
 def disk_use(folder: Path) -> dict[str, int]:
-    """Bytes by what they are, largest first; links are not followed, and reports do not count themselves."""
-    found: dict[str, int] = {}
-    for place, _, files in os.walk(folder):
+    """Bytes by what they are, largest first; a file of several names counts once, links and reports not at all."""
+    found, seen = dict[str, int](), set[tuple[int, int]]()
+    for place, _, files in sorted(os.walk(folder)):
         parts = Path(place).relative_to(folder).parts
         for file in files:
             path = Path(place, file)
             if not path.is_symlink() and not file.startswith("report."):
                 kind = next((kind for name, kind, _ in KINDS if name in (*parts, file)), OTHER)
                 with suppress(FileNotFoundError):  # a run that goes on has just renamed or removed it
-                    found[kind] = found.get(kind, 0) + path.stat().st_size
+                    status = path.stat()
+                    if (status.st_dev, status.st_ino) not in seen:
+                        seen.add((status.st_dev, status.st_ino))
+                        found[kind] = found.get(kind, 0) + status.st_size
     return dict(sorted(found.items(), key=lambda item: -item[1]))
