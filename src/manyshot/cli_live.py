@@ -47,9 +47,12 @@ class LiveView:
     def listen(self, event: Event) -> None:
         if event.kind == "message":
             self.say(event.text)
-        elif event.kind == "advance" and self.now is not None:
+        elif event.kind == "advance":
             place = (event.phase, event.round_index, event.task)
-            self.now = Doing(*place, event.done, event.total, event.loss, self.now.since)
+            # with several tasks at once, another one may have told of its start or end meanwhile
+            goes_on = self.now is not None and (self.now.phase, self.now.round_index, self.now.task) == place
+            since = self.now.since if self.now is not None and goes_on else time.time()
+            self.now = Doing(*place, event.done, event.total, event.loss, since)
         else:
             started = event.kind == "start" and event.total is not None
             place = (event.phase, event.round_index, event.task)

@@ -22,11 +22,15 @@ Result = TypeVar("Result")
 class Executor(Protocol):
     """Runs `function(job, progress)` for every job and returns the results in the order of the jobs.
 
-    `splits`: it runs jobs elsewhere, several at once, so that one measurement of several tasks is made a job of each.
+    `splits`: it runs jobs elsewhere, so that one measurement of several tasks is made a job of each; `at_once`: how
+    many jobs it runs at a time.
     """
 
     @property
     def splits(self) -> bool: ...
+
+    @property
+    def at_once(self) -> int: ...
 
     def map(
         self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress
@@ -36,7 +40,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """One job after the other, in this process: the default, and what other executors are tested against."""
 
-    splits = False
+    splits, at_once = False, 1
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
         return [function(job, progress) for job in jobs]
@@ -66,6 +70,7 @@ class ProcessExecutor:
     splits = False
 
     def __init__(self, workers: int, start: Callable[[int], None]) -> None:
+        self.at_once = workers
         threads = max(1, (os.cpu_count() or 1) // workers)
         # a fresh interpreter for each: forked ones hang in the thread pools that torch has started
         context = multiprocessing.get_context("spawn")

@@ -80,9 +80,10 @@ def seconds_left(
     `reused`: there is one round, and what trained the experts is the round, so that training it takes no time.
     """
     left: list[float] = []
+    at_once = {"merge": 1} | dict.fromkeys(("train", "measure"), min(speed.plan.get("at_once", 1), len(tasks)))
     for step in pending:
         found = 0.0 if reused and step.kind == "train" and step.model == "round 1" else speed.step(step, tasks)
         if found is None:
             return None
-        left.append(found)
+        left.append(found / at_once[step.kind])
     return max(left[0] - spent, 0.0) + sum(left[1:]) if left else 0.0

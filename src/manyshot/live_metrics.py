@@ -64,22 +64,33 @@ class Doing:
 
 
 def doing(lines: Sequence[Mapping[str, Any]]) -> Doing | None:
-    """What the last lines say is going on; None between two phases."""
+    """What the last lines say is going on; None between two phases. Of several jobs at once, the last that told."""
     found: Doing | None = None
+    ended: set[Any] = set()
     for line in reversed(lines):
+        if (job := line.get("job")) is not None and found is None:
+            if line.get("kind") == "phase":
+                ended.add(job)  # which says nothing of the others
+            if job in ended:
+                continue
         if line.get("kind") == "advance" and found is None:
             found = _doing(line)
         elif line.get("kind") == "start":
+            if found is not None and _place(line) != (found.phase, found.round_index, found.task):
+                continue  # of a job that runs beside it
             since = float(line["time"])
             return _doing(line) if found is None else Doing(**(vars(found) | {"since": since}))
-        elif line.get("kind") in ("phase", "begin", "end", "failed"):
+        elif line.get("kind") in ("begin", "end", "failed") or (line.get("kind") == "phase" and job is None):
             return None
     return None
 
 
+def _place(line: Mapping[str, Any]) -> tuple[str, int, str]:
+    return str(line["phase"]), int(line["round"]), str(line["task"])
+
+
 def _doing(line: Mapping[str, Any]) -> Doing:
-    place = (str(line["phase"]), int(line["round"]), str(line["task"]))
-    return Doing(*place, line.get("done", 0), line.get("total"), line.get("loss"), float(line["time"]))
+    return Doing(*_place(line), line.get("done", 0), line.get("total"), line.get("loss"), float(line["time"]))
 
 
 def last_of(lines: Sequence[Line], kind: str) -> Line | None:

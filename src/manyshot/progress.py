@@ -111,6 +111,20 @@ class Progress:
             append_line(self.metrics, {"kind": kind, "time": round(time.time(), 3)} | shown)
 
 
+def covered_seconds(lines: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> float:
+    """For how long at least one of these phases went on: several may at once."""
+    spans = sorted(
+        (line["time"] - line["seconds"], line["time"])
+        for line in lines
+        if line.get("kind") == "phase" and line.get("phase") in phases
+    )
+    covered, end = 0.0, float("-inf")
+    for begin, stop in spans:
+        covered += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return covered
+
+
 def wall_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     """How long a run has gone on, from its metrics; the pause before a resume does not count."""
     wall, began, last = 0.0, None, 0.0

@@ -128,6 +128,11 @@ def refuse_too_large(spec: RayExecution, nodes: Sequence[Mapping[str, float]]) -
     raise WorkerError(f"executor: a task asks for {describe(asked)}, which no node has; there are: {shown}")
 
 
+def at_once(asked: Mapping[str, float], there: Mapping[str, float]) -> int:
+    """How many tasks the cluster holds at a time."""
+    return max(1, min((int(there.get(name, 0) // amount) for name, amount in asked.items()), default=1))
+
+
 def describe(resources: Mapping[str, float]) -> str:
     """`2 CPU, 1 GPU, 8.0 GB memory`; without what Ray keeps for itself."""
     parts = []
@@ -229,6 +234,7 @@ class RayExecutor:
 
     def __init__(self, ray: Any, spec: RayExecution, folder: Path, threads: int) -> None:
         self._ray, self.spec, self.folder, self.threads = ray, spec, folder, threads
+        self.at_once = at_once(needs(spec), ray.cluster_resources())
         self._task = ray.remote(max_calls=1)(run_task)
         self._options = {
             "num_cpus": spec.num_cpus,

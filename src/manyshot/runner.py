@@ -18,7 +18,7 @@ from manyshot.inputs import Inputs, check_inputs, check_space
 from manyshot.manifest import check_files
 from manyshot.models import choose_placement
 from manyshot.process_mark import process_mark
-from manyshot.progress import WORK_PHASES, Listener, Progress, wall_seconds
+from manyshot.progress import WORK_PHASES, Listener, Progress, covered_seconds, wall_seconds
 from manyshot.recipe import Recipe, operator_warnings
 from manyshot.removed import finish_removing
 from manyshot.report_command import write_report
@@ -93,7 +93,7 @@ def run(
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
         progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
-        progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens))
+        progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens), at_once=executor.at_once)
         if before is not None:
             progress.message(f"{before} ended without finishing; what it left half written is removed")
         for warning in operator_warnings(recipe):
@@ -156,7 +156,7 @@ def phase_seconds(folder: RunFolder) -> dict[str, float]:
         if line.get("kind") == "phase":
             totals[line["phase"]] = totals.get(line["phase"], 0.0) + line["seconds"]
     wall = wall_seconds(lines)
-    work = sum(totals.get(phase, 0.0) for phase in WORK_PHASES)
+    work = covered_seconds(lines, WORK_PHASES)
     return totals | {"wall": wall, "overhead": wall - work, "overhead_share": (wall - work) / wall if wall else 0.0}
 
 

@@ -73,6 +73,7 @@ class WorkerExecutor:
 
     def __init__(self, folder: Path, pins: Sequence[Pin], threads: int, max_retries: int) -> None:
         self.folder, self.pins, self.threads, self.max_retries = folder, tuple(pins), threads, max_retries
+        self.at_once = len(self.pins)
         self._workers: list[_Worker | None] = [None] * len(self.pins)
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
