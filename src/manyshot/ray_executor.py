@@ -81,7 +81,7 @@ def _connected(ray: Any, spec: RayExecution) -> Iterator[None]:
         started = {"address": spec.address} | quiet
     try:
         ray.init(**started)
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # ConnectionError is an OSError
+    except Exception as error:  # noqa: BLE001 - some of Ray's own errors here are of no narrower type
         where = f"address {spec.address}: no cluster that can be used there" if spec.address else "cannot be started"
         raise WorkerError(f"executor.{where} ({' '.join(str(error).split())})") from None
     try:
