@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,22 @@ def cli_page() -> str:
     group: Any = get_command(app)
     parts = [MADE, "# Commands\n", CLI_LEAD]
     parts += [table(("option before the command", ""), [_option(one) for one in group.params])]
-    for name, command in group.commands.items():
+    for name, command in _commands(group):
         context = command.context_class(command, info_name=f"manyshot {name}")
         usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
         parts += [f"## `manyshot {name}`\n", f"{inspect.cleandoc(command.help or '')}\n", f"```text\n{usage}\n```\n"]
         rows = [_option(parameter) for parameter in command.params if "--help" not in parameter.opts]
         parts += [table(("argument or option", ""), rows)]
     return "\n".join(parts)
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its name, those of a group (`round add`) one by one."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 CLI_LEAD = """\

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from manyshot.recipe import Recipe
 from manyshot.recipe_file import recipe_from_mapping
 from manyshot.report_read import read_run
 from manyshot.rundir import read_json
+from manyshot.seeding import preserved_random_state
 from manyshot.status import run_status
 from manyshot.tasks import load_task
-from run_helpers import load_tensors
+from run_helpers import load_tensors, write_data
 
+TEAM = Path(__file__).parent.parent / "examples" / "any_trainer" / "team.py"
 QUERY = "model.layers.{}.self_attn.q_proj.weight"
 LOSSES = {"north": (2.0, 1.0), "south": (1.5, 1.25)}
 
@@ -289,6 +293,35 @@ def test_start_by_hand_goes_on_with_the_same_recipe_only(one: Path, base_folder:
 def test_run_refuses_a_task_whose_data_is_elsewhere(recipe: Recipe) -> None:
     with pytest.raises(DataError, match=r"task 'north': its data is elsewhere.*manyshot round"):
         load_task(recipe, "north")
+
+
+def test_example_of_two_teams_gets_better_round_by_round(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """examples/any_trainer/team.py as each team, and what it prints as the options of `manyshot round add`."""
+    run, before = tmp_path / "run", {}
+    found = start(recipe, run)
+    for name, task in (("north", "letters"), ("south", "numbers")):
+        write_data(tmp_path, task)
+        (tmp_path / f"{task}.train.jsonl").rename(tmp_path / f"{name}.train.jsonl")
+        (tmp_path / f"{task}.validation.jsonl").rename(tmp_path / f"{name}.validation.jsonl")
+    for round_index in (1, 2):
+        for name in LOSSES:
+            data = [str(tmp_path / f"{name}.{split}.jsonl") for split in ("train", "validation")]
+            sent = tmp_path / f"{name}_{round_index}"
+            monkeypatch.setattr(sys, "argv", ["team.py", found["model"], *data, str(sent), "6"])
+            with preserved_random_state():
+                runpy.run_path(str(TEAM), run_name="__main__")
+            words = capsys.readouterr().out.split()
+            told = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+            assert told["--loss-expert"] < told["--loss-merged"]
+            if round_index == 2:
+                assert told["--loss-merged"] < before[name]
+            before[name] = told["--loss-merged"]
+            send(run, name, sent, (told["--loss-merged"], told["--loss-expert"]))
+        merge(run)
+        found = round_status(run)
+    assert found["finished"]
 
 
 def test_round_commands_tell_people_and_programs(one: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,8 @@ NOT_RUN = {
     r"manyshot demo": "minutes of a 135M model; tests/test_demo_model.py (make test-slow) runs it",
     r"manyshot serve .*": "runs until it is stopped; tests/test_serve.py asks its server",
     r"manyshot --trust-remote-code .*": "code that a model brings along; tests/test_security.py",
+    r"manyshot --allow-command run .*": "minutes of a 135M model; tests/test_command_trainer.py runs its trainer",
+    r"manyshot round .*": "merges what teams send; tests/test_by_hand.py follows the example",
     r"manyshot push .*": "uploads; tests/test_push.py has a Hub of its own",
     r"manyshot eval .*--preset metis.*": "data sets of the Hub; tests/test_harness.py has local ones",
     r"manyshot eval .*--tasks .*": "data sets of the Hub; tests/test_harness.py has local ones",
@@ -48,6 +50,7 @@ NOT_RUN_ELSEWHERE = {
     r"pip install .*": "the extra is in pyproject.toml, a version that is named in constraints.txt",
     r"python tests/crash_harness\.py .*": "minutes; tests/test_crash.py kills a few",
     r"python tests/fuzz_driver\.py .*": "an input that a long search has found; tests/test_fuzz.py searches briefly",
+    r"python examples/any_trainer/team\.py .*": "a team's training; tests/test_by_hand.py has two of them",
     r"tensorboard --logdir .*": "runs until it is stopped",
     r"cd .*": "where the reader's own data are",
 }

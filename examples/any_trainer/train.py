@@ -15,14 +15,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
 def encode(row, tokenizer, max_length):
     """Token ids of a row, and how many of them, at its beginning, are not trained on."""
     if "text" in row:
-        ids = tokenizer.encode(row["text"]) + [tokenizer.eos_token_id]
-        return ids[:max_length], 1
+        return [*tokenizer.encode(row["text"]), tokenizer.eos_token_id][:max_length], 1
     if isinstance(row["prompt"], str):
         prompt = tokenizer.encode(row["prompt"])
-        answer = tokenizer.encode(row["completion"], add_special_tokens=False) + [tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(row["completion"], add_special_tokens=False), tokenizer.eos_token_id]
         return (prompt + answer)[:max_length], len(prompt)
     template = {"tokenize": True, "return_dict": True}
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)["input_ids"]
@@ -30,31 +33,41 @@ def encode(row, tokenizer, max_length):
     return whole[:max_length], len(prompt)
 
 
-def main() -> None:
-    config = json.loads(Path(sys.argv[1]).read_text())
+def losses(model, encoded):
+    """For each row the sum of −log p over its counted tokens, and how many these are."""
+    for ids, skip in encoded:
+        labels = torch.tensor([[-100] * skip + ids[skip:]], device=model.device)
+        mean = model(input_ids=torch.tensor([ids], device=model.device), labels=labels).loss
+        yield mean * (len(ids) - skip), len(ids) - skip
+
+
+def train(model, encoded, *, steps, batch_size, learning_rate, tell=print):
+    """`steps` steps of AdamW over the rows, from the first on, around again where they end."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    for step in range(steps):
+        batch = [encoded[i % len(encoded)] for i in range(step * batch_size, (step + 1) * batch_size)]
+        counted = sum(len(ids) - skip for ids, skip in batch)
+        total = 0.0
+        for nats, _ in losses(model, batch):
+            (nats / counted).backward()
+            total += nats.item() / counted
+        optimizer.step()
+        optimizer.zero_grad()
+        tell(f"step {step + 1}: loss {total:.4f}", flush=True)
+
+
+def main():
+    config = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     torch.manual_seed(config["seed"])
-    rows = [json.loads(line) for line in Path(config["data"]).read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(config["start"])
     model = AutoModelForCausalLM.from_pretrained(config["start"]).to(config["device"])
     targets = config["local_update"]["target_modules"]
     lora = LoraConfig(r=config["rank"], lora_alpha=config["alpha"], target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config["learning_rate"])
-    size = config["batch_size"]
-    for step in range(config["steps"]):
-        encoded = [encode(row, tokenizer, config["max_length"]) for row in rows[step * size : (step + 1) * size]]
-        num_counted = sum(len(ids) - skip for ids, skip in encoded)
-        total = 0.0
-        for ids, skip in encoded:
-            labels = torch.tensor([[-100] * skip + ids[skip:]], device=model.device)
-            loss = model(input_ids=torch.tensor([ids], device=model.device), labels=labels).loss
-            part = loss * (len(ids) - skip) / num_counted
-            part.backward()
-            total += part.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"{config['task']}, round {config['round']}, step {step + 1}: loss {total:.4f}", flush=True)
+    encoded = [encode(row, tokenizer, config["max_length"]) for row in read_rows(config["data"])]
+    settings = {name: config[name] for name in ("steps", "batch_size", "learning_rate")}
+    train(model, encoded, **settings)
     model.save_pretrained(config["output"])
 
 

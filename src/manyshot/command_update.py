@@ -88,7 +88,9 @@ def _prepare(call: TrainerCall, work: Path) -> dict[str, str | int | float]:
     values: dict[str, str | int | float] = {
         "start": str(_start_folder(call, work)),
         "output": str(work / "output"),
-        "data": str(work / "data.jsonl"),
+        "data": str(work / "data" / "train.jsonl"),
+        "data_folder": str(work / "data"),
+        "messages": str(work / "messages" / "train.jsonl"),
         "config": str(work / "config.json"),
         "task": call.task,
         "round": call.round_index,
@@ -103,10 +105,25 @@ def _prepare(call: TrainerCall, work: Path) -> dict[str, str | int | float]:
         "alpha": call.recipe.alpha_of(call.task),
         "device": choose_placement(update).device,
     }
-    write_text(work / "data.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in call.rows))
+    _write_lines(Path(str(values["data"])), call.rows)
+    _write_lines(Path(str(values["messages"])), [{"messages": _messages(row)} for row in call.rows])
     settings = update.model_dump(mode="json", exclude={"method", "command", "time_limit"})
     write_json(work / "config.json", values | {"base": call.base_name, "local_update": settings})
     return values
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _messages(row: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """A row as one conversation; plain texts are what the user and what the assistant says."""
+    parts = (("user", row.get("prompt", [])), ("assistant", row.get("completion", row.get("text", []))))
+    return [
+        message
+        for role, part in parts
+        for message in ([{"role": role, "content": part}] if isinstance(part, str) else part)
+    ]
 
 
 def _start_folder(call: TrainerCall, work: Path) -> Path:

@@ -42,8 +42,7 @@ def find_result(output: Path) -> Path:
 
 
 def _holds_result(folder: Path) -> bool:
-    weights = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # pickles are refused by name later
-    return is_adapter(folder) or any(next(folder.glob(suffix), None) is not None for suffix in weights)
+    return is_adapter(folder) or next(folder.glob("*.safetensors"), None) is not None
 
 
 def take_expert(

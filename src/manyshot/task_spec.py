@@ -69,7 +69,7 @@ class TaskSpec(Section):
     """One task: where its examples are, how they are read, and what is measured on them."""
 
     data: str | None = Field(
-        None, description="Hub id, folder, json/jsonl/csv/tsv/parquet file, demo:<family>, or elsewhere (any_trainer.md)"
+        None, description="Hub id, folder, json/jsonl/csv/tsv/parquet file, demo:<family>, elsewhere (any_trainer.md)"
     )
     train: Sources | None = Field(None, description="training examples: a path or Hub id, a source, or several")
     validation: Sources | None = Field(None, description="as `train`; cut from the training data when not given")

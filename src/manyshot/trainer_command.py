@@ -26,6 +26,8 @@ PLACEHOLDERS = {
     "start": "the model that the round starts from, a plain model folder; for reading only",
     "output": "an empty folder for what was trained: a PEFT adapter, or a whole model",
     "data": "the examples of this round in their order, a JSON-lines file in TRL's format",
+    "data_folder": "the folder that this file is alone in, for loaders that want one",
+    "messages": "the same examples as conversations: every line has `messages`, with a folder to itself too",
     "config": "a JSON file with all that is said here, and the recipe's local_update",
     "task": "name of the task",
     "round": "1 to R; experts that train alone are 1",
