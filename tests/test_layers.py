@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "training_spec": {"task_spec", "trainer_command"},
     "launch_spec": {"errors", "training_spec", "yaml_text"},
     "launch_files": set(),
+    "quantized": {"errors", "models", "training_spec"},
     "launcher": {"errors", "launch_files", "launch_spec", "process_mark", "progress", "rundir", "training_spec"},
     "launched": {"launch_files", "launched_update", "process_mark", "progress", "rundir"},
     "launched_update": {
@@ -167,7 +168,7 @@ ALLOWED: dict[str, set[str]] = {
     "loss_gap": {"errors", "tasks"},
     "trainer": {"errors", "loss_gap", "models", "optimizer_state", "recipe", "tasks"},
     "local_update": {
-        "launcher",
+        *{"launcher", "quantized"},
         *{
             "errors",
             "loss_gap",
@@ -301,7 +302,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"compare_tables", "errors", "rundir"},
     },
     "inputs": {
-        "launcher",
+        *{"launcher", "quantized"},
         *{"allocation", "base_model", "errors", "evaluate", "local_update", "match", "metrics", "models"},
         *{"export", "recipe", "rundir", "sizes", "tasks", "tensors", "trainer"},
     },
@@ -471,6 +472,7 @@ DOORS: dict[str, set[str]] = {
     "lm_eval": {"harness"},
     "nltk": {"harness"},
     "accelerate": {"launcher"},
+    "bitsandbytes": {"quantized"},
     "tokenizers": set(),
     "huggingface_hub": {"base_model", "hub", "cli_runs", "push"},
     "pyarrow": {"data_files"},

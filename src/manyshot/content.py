@@ -22,7 +22,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "local_update": {
         **{"train_factors": "both", "optimizer_state": "restart", "proximal": 0.0, "command": None},
-        **{"launcher": "none", "launch": {}},
+        **{"launcher": "none", "launch": {}, "quantization": "none"},
     },
     "evaluation": {},
 }

@@ -28,6 +28,7 @@ from manyshot.models import (
     meta_model,
     quiet_transformers,
 )
+from manyshot.quantized import check_quantization
 from manyshot.recipe import Recipe
 from manyshot.rundir import RunFolder, require_space
 from manyshot.sizes import Sizes, left_after, peak, sizes_of
@@ -58,6 +59,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     placement = choose_placement(recipe.local_update)
     if recipe.local_update.launcher == "accelerate":
         check_launch(recipe.local_update, placement.device)
+    check_quantization(recipe.local_update.quantization)
     tasks = check_tasks(recipe)
     base = find_base_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with quiet_transformers():

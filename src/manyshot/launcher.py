@@ -92,8 +92,8 @@ def run_launched(job: Any, update: LocalUpdate, folder: Path, where: str, progre
             )
         if process.returncode:
             raise _failure(work, log, launch.num_processes, where) or TrainingError(
-                f"{where}: accelerate launch ended with exit code {process.returncode}, and no rank says why; {log} has "
-                "its output"
+                f"{where}: accelerate launch ended with exit code {process.returncode}, and no rank says why; "
+                f"{log} has its output"
             )
     remove(log)
 

@@ -35,6 +35,7 @@ from manyshot.models import (
 from manyshot.optimizer_state import OPTIMIZER_NAME, write_state
 from manyshot.peft_adapter import is_adapter
 from manyshot.progress import Progress
+from manyshot.quantized import quantized
 from manyshot.recipe import Recipe
 from manyshot.rundir import read_json, write_json
 from manyshot.seeding import derive_seed, permutation
@@ -123,7 +124,10 @@ def run_local_update(job: LocalUpdateJob, progress: Progress) -> dict[str, Any]:
                 write_state(trainer.optimizer, model, job.folder / OPTIMIZER_NAME, job.optimizer_state)
                 record["optimizer_state"] = file_digest(job.folder / OPTIMIZER_NAME)
         if job.validated:
-            plain = model if job.recipe.local_update.method == "full" else model.get_base_model()
+            plain = model if update.method == "full" else model.get_base_model()
+            if update.quantization != "none":
+                del model, trainer, plain
+                plain = load_model(kept_state(job.start, job.folder), placement)  # what a merge sees, not what trained
             record["validation"] = task_loss(
                 plain, tokenizer, job.task, job.recipe, progress, round_index=job.round_index, which="expert"
             ).to_json()
@@ -223,9 +227,11 @@ def start_model(job: LocalUpdateJob, placement: Placement) -> Any:
     if recipe.local_update.method == "full":
         # all weights train in float32; a lower type is used for the computation only
         return load_model(job.start, replace(placement, dtype=torch.float32))
-    model = load_model(job.start, placement)
+    quantization = recipe.local_update.quantization
+    model = load_model(job.start, placement if quantization == "none" else replace(placement, device="cpu"))
     seed_parts = adapter_seed(recipe, job.round_index, job.task.name)
-    adapted = add_adapter(model, recipe, job.task.name, seed_parts, job.start.start_adapter)
+    with quantized(model, quantization, placement):
+        adapted = add_adapter(model, recipe, job.task.name, seed_parts, job.start.start_adapter)
     freeze_factor(adapted, recipe.local_update, job.round_index)
     return adapted
 

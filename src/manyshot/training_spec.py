@@ -54,8 +54,12 @@ BY_COMMAND = {
     "optimizer_state": "is for training here; a command starts its optimizer itself",
     "proximal": "is for training here; a command decides its loss itself",
     "trainer": "are arguments of the trainer here; a command has its own",
+    "quantization": "is for training here; a command decides what it trains on",
     "launcher": "is for training here; a command starts its processes itself",
 }
+
+
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 class LocalUpdate(Section):
@@ -106,6 +110,9 @@ class LocalUpdate(Section):
     attn_implementation: str | None = Field(
         None, description="transformers' name: eager, sdpa, …; its own choice when not given"
     )
+    quantization: Quantization = Field(
+        "none", description="weights that adapters train on, by bitsandbytes; merged and measured are the full ones"
+    )
     launcher: Literal["none", "accelerate"] = Field(
         "none", description="accelerate: a local update runs in several processes of this machine (docs/distributed.md)"
     )
@@ -123,6 +130,16 @@ class LocalUpdate(Section):
                 "batch_size {batch} is not a multiple of micro_batch_size {micro}",
                 {"batch": self.batch_size, "micro": micro},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_on_rounded_weights(self) -> LocalUpdate:
+        if self.quantization != "none" and (self.method == "full" or self.launcher != "none"):
+            why = "rounds weights that stay as they are, and method: full trains all of them"
+            why = (
+                why if self.method == "full" else "is for one process; launcher: accelerate has shards for large models"
+            )
+            raise PydanticCustomError("quantization", "quantization {why}", {"why": why})
         return self
 
     @model_validator(mode="after")
