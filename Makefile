@@ -6,7 +6,7 @@ INPUTS ?= 100000
 # 25 GB of checkpoints for the merge benchmark are made here
 BENCH_WORK ?= /tmp/manyshot-bench
 
-.PHONY: setup demo study-quick test test-slow check docs fuzz audit lock bench clean
+.PHONY: setup demo study-quick test test-flower test-slow check docs fuzz audit lock bench clean
 
 setup: .venv/.installed
 
@@ -54,6 +54,20 @@ lock: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# the federation on Flower, in an environment of its own: Flower wants older releases than the tested ones here
+FLOWER := examples/flower/.venv
+
+$(FLOWER)/.installed: pyproject.toml examples/flower/constraints.txt src/manyshot/kernels/kernels.c
+	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	@# torch with what its build needs; the list holds all of the rest
+	$(FLOWER)/bin/python -m pip install --quiet -c examples/flower/constraints.txt torch
+	$(FLOWER)/bin/python -m pip install --quiet --no-deps -r examples/flower/constraints.txt
+	$(FLOWER)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+test-flower: $(FLOWER)/.installed
+	$(FLOWER)/bin/python -m pytest tests/test_federated.py tests/test_flower.py tests/test_flower_app.py
 
 # pages that are made from the code, then the site; a broken link or a page that no other leads to is an error
 docs: setup
