@@ -47,6 +47,10 @@ def test_content_has_no_part_of_trackers() -> None:
     assert keyed_recipe(settings) == {"seed": 1}
 
 
+def test_content_has_no_part_of_where_tasks_run() -> None:
+    assert keyed_recipe({"executor": {"name": "local", "workers": 4}, "seed": 1}) == {"seed": 1}
+
+
 def test_content_of_a_local_update_a_measurement_and_a_task_keeps_its_name() -> None:
     recipe = recipe_from_mapping({"model": "some/model", "tasks": TASKS})
     update, evaluation = recipe.local_update.model_dump(mode="json"), recipe.evaluation.model_dump(mode="json")
