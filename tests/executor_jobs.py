@@ -86,3 +86,10 @@ def die(job: Named, progress: Progress) -> int:
     if job.number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return job.number
+
+
+def rest(job: Named, progress: Progress) -> int:
+    """A job that takes a second, and notes each of its tries."""
+    (job.folder / f"try{job.number}-{os.getpid()}").touch()
+    time.sleep(1)
+    return job.number
