@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.merge_helpers import draw, make_peft_adapter, read_model, write_model
-
 from manyshot.federated import EXPERT, START, Returned
 from manyshot.federated_client import read_expert
 from manyshot.federated_recipe import FederatedRecipe
 from manyshot.recipe_file import federated_recipe_from_mapping
+from merge_helpers import draw, make_peft_adapter, read_model, write_model
 
 TASKS = ("letters", "numbers", "words")
 # L(Θʳ⁻¹) and L(θ) of each task: gaps of 1.5, 0.75 and 0.25

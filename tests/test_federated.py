@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,21 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.federated_helpers import LOSSES, TASKS, adapter_of, make_federation, model_of, told
-from tests.merge_helpers import make_base, make_peft_adapter, read_model, write_model
 
+import manyshot
+from federated_helpers import LOSSES, TASKS, adapter_of, make_federation, model_of, told
 from manyshot.errors import ManyshotError, MergeError, MissingExtraError, RecipeError, RunFolderError
 from manyshot.federated import EXPERT, PRETRAINED, START, Array, FederatedRun, Returned
 from manyshot.federated_client import add_start, read_expert
+from manyshot.federated_recipe import FederatedRecipe
 from manyshot.gap_weights import TaskLosses, choose_weights
 from manyshot.match import open_experts
 from manyshot.operators import OPERATORS, OperatorPlan
 from manyshot.outer import STATE_NAME, Outer
-from manyshot.recipe_file import load_federated_recipe
+from manyshot.recipe_file import federated_recipe_from_mapping, load_federated_recipe
 from manyshot.round_merge import merge_weights
 from manyshot.rundir import read_json
 from manyshot.task_vector import StoredTaskVector
 from manyshot.tensors import Checkpoint
+from manyshot.yaml_text import read_yaml
+from merge_helpers import make_base, make_peft_adapter, read_model, write_model
 
 # the factors of one tensor, as PEFT calls them
 A, B = "base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight"
@@ -65,6 +70,32 @@ def test_federation_merges_two_rounds_to_the_bytes_of_the_core(tmp_path: Path, b
         assert list(merged.weights.values()) == weights
         assert (run.folder.round(round_index) / "task_vector.safetensors").read_bytes() == wanted.read_bytes()
         start = StoredTaskVector(wanted)
+
+
+def test_federation_ends_where_a_run_does_whose_experts_it_is_sent(
+    recipe_mapping: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_mapping["evaluation"]["experts"] = False
+    folder = manyshot.run(recipe_mapping, tmp_path / "run").folder
+    recipe = read_yaml((folder / "recipe.yaml").read_text("utf-8"))
+    settings = {key: recipe[key] for key in ("model", "operator", "seed")}
+    tasks, rounds = list(recipe["tasks"]), recipe["protocol"]["rounds"]
+    federation = make_federation(tmp_path, **settings, tasks=tasks, rounds=rounds)
+    run = FederatedRun(federation, tmp_path / "federation")
+    for round_index in range(1, rounds + 1):
+        there = folder / f"round_{round_index:03d}"
+        record = read_json(there / "loss_gap.json")
+        sent = []
+        for task in tasks:
+            which = ((START, "start_losses"), (EXPERT, "expert_losses"))
+            losses = {name: record[key][task]["loss"] for name, key in which}
+            sent.append(Returned(task, *read_expert(there / task / "adapter"), losses))
+        merged = run.merge_round(sent)
+        assert merged.weights == record["weights"] and merged.loss_gaps == record["loss_gaps"]
+        ours, theirs = (path / "task_vector.safetensors" for path in (run.folder.round(round_index), there))
+        assert ours.read_bytes() == theirs.read_bytes()
+    exported = run.export()
+    assert (exported / "model.safetensors").read_bytes() == (folder / "merged" / "model.safetensors").read_bytes()
 
 
 def test_federation_merges_full_weights_as_the_core_does(tmp_path: Path, base: Path) -> None:
@@ -272,6 +303,16 @@ def test_federated_recipe_refuses_what_cannot_be_meant(tmp_path: Path, settings:
     with pytest.raises(RecipeError) as found:
         make_federation(tmp_path, **settings)
     assert message in str(found.value)
+
+
+def test_federations_page_shows_a_recipe_that_loads_and_has_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "federated.md").read_text("utf-8")
+    shown = re.search(r"recipe = (\{.*?\n    \})\n", page, re.DOTALL)
+    assert shown is not None
+    recipe = federated_recipe_from_mapping(ast.literal_eval(shown[1]))
+    assert (recipe.tasks, recipe.method.name) == (("math", "safety", "code"), "metis")
+    keys = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    assert set(FederatedRecipe.model_fields) <= keys
 
 
 def test_federated_recipe_reads_a_file_and_its_overrides(tmp_path: Path, base: Path) -> None:

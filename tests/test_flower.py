@@ -13,14 +13,14 @@ pytest.importorskip("flwr", reason="Flower is not installed; make test-flower in
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from tests.federated_helpers import TASKS, adapter_of, make_federation, told
-from tests.merge_helpers import make_base, make_peft_adapter, read_model
 
+from federated_helpers import TASKS, adapter_of, make_federation, told
 from manyshot.base_model import find_base_model
 from manyshot.errors import MergeError, ModelError, RecipeError
 from manyshot.federated import EXPERT, START, FederatedRun
 from manyshot.federated_client import read_expert
 from manyshot.flower import ManyShot, add_start, expert_reply, to_arrays, to_record
+from merge_helpers import make_base, make_peft_adapter, read_model
 
 Client = Callable[[Message], Message]
 
