@@ -1,6 +1,6 @@
 """Memory of a round's merge of fully fine-tuned experts: it must not grow with tasks, nor with the model.
 
-    python benchmarks/full_merge_memory.py --work /path/with/3GB
+    python benchmarks/full_merge_memory.py --work /path/with/1GB
 
 Experts are float32 model folders, as `local_update.method: full` leaves them; each merge is a process of its own, as a
 round's. Prints a line for every size and number of tasks: the most memory beyond what the process held before the
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 # (megabytes of one expert, tasks)
-CASES = ((128, 2), (128, 4), (128, 8), (128, 16), (256, 8))
+CASES = ((64, 2), (64, 4), (64, 8), (64, 16), (128, 8))
 # files that there really are; further tasks have names of their own for the same bytes
 DIFFERENT = 4
 OPERATOR = "metis"

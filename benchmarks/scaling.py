@@ -95,15 +95,19 @@ def plan_tables() -> None:
             cells = " | ".join(f"{found[name] / 1e9:,.0f} GB" for name in columns)
             print(f"| {method} | {adapters}, {merged} | {cells} |")
     print(f"\nMemory of one local update, one sequence of {2 * MEAN_TOKENS} tokens at a time.\n")
-    print(f"| method | weights | optimizer | activations | logits | in all | on {GPUS} GPUs, sharded |")
-    print("|---|---|---|---|---|---|---|")
+    shards = f"a GPU of {GPUS} | a GPU of {NODES * GPUS}"
+    print(f"| method | weights | optimizer | activations | logits | in all | {shards} |")
+    print("|---|---|---|---|---|---|---|---|")
     for method in ("lora", "full"):
         recipe = recipe_of(method, tasks, local_update={"dtype": "bfloat16"})
         sizes, config, total = shapes_of(recipe)
         trained = total if method == "full" else max(sum(one) for one in sizes.experts.values()) // 4
         found = memory_parts(recipe, config, total, trained, MEAN_TOKENS)
         cells = " | ".join(f"{size / 1e9:,.1f} GB" for size in found.values())
-        print(f"| {method} | {cells} | {found['total'] / GPUS / 1e9:,.1f} GB each |")
+        whole, own = found["weights"] + found["optimizer"], found["activations"] + found["logits"]
+        print(
+            f"| {method} | {cells} | {' | '.join(f'{(whole / n + own) / 1e9:,.0f} GB' for n in (GPUS, NODES * GPUS))} |"
+        )
     print(f"\nNetwork of one round, {NODES} nodes.\n")
     print("| method | " + " | ".join(traffic_rows()) + " | in all | at 25 Gbit/s of the shared folder |")
     print("|---|---|---|---|---|---|---|")
