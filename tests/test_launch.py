@@ -329,5 +329,5 @@ def test_launch_is_part_of_the_names_of_finished_work_only_where_there_is_one(ru
 
 def test_launch_takes_the_seat_of_more_gpus_than_there_are(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RecipeError, match=r"num_processes: 2, and this machine has 1 GPUs that torch can use"):
+    with pytest.raises(RecipeError, match=r"num_processes: 2, and torch can use 1 GPUs here"):
         launcher.check_launch(runs.recipe(*TWO).local_update, "cuda")

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from manyshot import errors
 from manyshot.errors import ManyshotError, RecipeError, TrainingError, suggestion
 from manyshot.launch_files import ERROR, JOB, MARK, TOLD
-from manyshot.launch_spec import KEY, command_line, plain_config, read_launch
+from manyshot.launch_spec import KEY, Launch, command_line, plain_config, read_launch
 from manyshot.process_mark import is_alive, process_mark
 from manyshot.progress import Event, Progress
 from manyshot.rundir import remove
@@ -54,11 +54,14 @@ def check_launch(update: LocalUpdate, device: str) -> None:
         raise RecipeError(
             f"{KEY}: accelerate shards a model among GPUs only; on processors launch without {launch.sharding}"
         )
-    if device == "cuda" and torch.cuda.device_count() < launch.num_processes:
-        raise RecipeError(
-            f"{KEY}.num_processes: {launch.num_processes}, and this machine has {torch.cuda.device_count()} GPUs that "
-            "torch can use"
-        )
+    _check_seats(launch, device)
+
+
+def _check_seats(launch: Launch, device: str) -> None:
+    """Every rank has a GPU of its own, among those that this process may use."""
+    there = torch.cuda.device_count()
+    if device != "cpu" and there and there < launch.num_processes:
+        raise RecipeError(f"{KEY}.num_processes: {launch.num_processes}, and torch can use {there} GPUs here")
 
 
 def run_launched(job: Any, update: LocalUpdate, folder: Path, where: str, progress: Progress) -> None:
@@ -68,6 +71,7 @@ def run_launched(job: Any, update: LocalUpdate, folder: Path, where: str, progre
     Raises TrainingError naming the rank that failed and the log, or what that rank raised where a user can act on it.
     """
     launch, log = read_launch(update), folder / LOG
+    _check_seats(launch, update.device)
     folder.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what is held here is missing there
