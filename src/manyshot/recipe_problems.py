@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args
@@ -66,7 +66,7 @@ def explain(details: Mapping[str, Any], raw: dict[str, Any], source: Source, roo
         message, found = f"unknown key{suggestion(str(key[-1]), _allowed(key[:-1], raw, root))}", ""
     elif kind == "union_tag_invalid":
         tag, executor = details["ctx"]["tag"], key[:1] == ("executor",)
-        names = EXECUTORS if executor else OPERATORS
+        names: Iterable[str] = EXECUTORS if executor else OPERATORS
         message, found = f"unknown {'executor' if executor else 'operator'} '{tag}'{suggestion(tag, names)}", ""
     elif kind == "union_tag_not_found":
         message = f"needs 'name'; there are: {', '.join(sorted(OPERATORS))}"
