@@ -21,6 +21,7 @@ from manyshot.executor_spec import LocalExecution, RayExecution
 from manyshot.keep_spec import Keep
 from manyshot.merge_recipe import ExpertSpec, MergeRecipe
 from manyshot.operators import BUILT_IN, Operator
+from manyshot.presets import OPERATOR, PRESETS, UNASKED
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, Recipe, SourceSpec, TaskSpec
 from manyshot.tracker_spec import Trackers
 from manyshot.tune_recipe import Range, Search, TuneRecipe
@@ -117,29 +118,52 @@ def _operator_sections() -> Iterable[str]:
 def parameter_table(kind: type[Operator]) -> str:
     """An operator's settings: default, range, whether one per round, meaning."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    rows = []
+    rows, preset = [], filled_in("operator") if kind.name == OPERATOR else {}
     for field in dataclasses.fields(kind):
         if field.name == "name":
             continue
+        default = _default(field.default)
+        if field.name in preset:
+            default = f"{_default(preset[field.name])} (paper: {default})"
         options = list(_options(hints[field.name]))
         whole = any(get_origin(one) is tuple for one, _ in options)
         words = ", or ".join(
             dict.fromkeys(_words(one, limits) for one, limits in options if get_origin(one) is not tuple)
         )
-        rows.append(
-            (f"`{field.name}`", _default(field.default), words, "yes" if whole else "no", field.metadata["description"])
-        )
+        rows.append((f"`{field.name}`", default, words, "yes" if whole else "no", field.metadata["description"]))
     if not rows:
         return "It has no settings.\n"
     return table(("parameter", "default", "range", "per round", "meaning"), rows)
 
 
+def filled_in(section: str) -> dict[str, Any]:
+    """What the preset `default` fills in, in one section."""
+    return {key: value for fill in PRESETS[UNASKED] if fill.section == section for key, value in fill.values.items()}
+
+
+def preset_table() -> str:
+    """What is other in the two presets, key by key, and why."""
+    declared = {
+        "operator": {field.name: field.default for field in dataclasses.fields(BUILT_IN[OPERATOR])},
+        "merge": {name: field.default for name, field in Merge.model_fields.items()},
+        "local_update": {name: field.default for name, field in LocalUpdate.model_fields.items()},
+    }
+    rows = []
+    for fill in PRESETS[UNASKED]:
+        for i, (key, value) in enumerate(fill.values.items()):
+            why = fill.why if i == 0 else "as above"
+            rows.append((f"`{fill.section}.{key}`", _default(value), _default(declared[fill.section][key]), why))
+    return table(("key", "`preset: default`", "`preset: paper`", "why"), rows)
+
+
 def _key_table(kind: Kind, page: str) -> Iterable[str]:
     rows = []
+    preset = filled_in({Merge: "merge", LocalUpdate: "local_update"}.get(kind, ""))
     for name, field in kind.model_fields.items():
         if kind is TuneRecipe and name in Recipe.model_fields:
             continue
-        rows.append((f"`{name}`", _default_of(field), values(field), describe(name, field, page)))
+        with_metis = f"; with `{OPERATOR}` {_default(preset[name])}" if name in preset else ""
+        rows.append((f"`{name}`", _default_of(field) + with_metis, values(field), describe(name, field, page)))
     yield table(("key", "default", "values", "meaning"), rows)
 
 

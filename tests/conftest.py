@@ -122,6 +122,7 @@ def recipe_mapping(base_folder: Path, data_folder: Path) -> dict[str, Any]:
             for task in TASKS
         },
         "protocol": {"rounds": 2, "local_steps": 4},
+        "preset": "paper",
         "operator": {"name": "metis"},
         "local_update": {"rank": 2, "alpha": 4, "batch_size": 4, "learning_rate": 0.01, "max_length": 32},
         "evaluation": {"validation_examples": 6, "test_examples": 6, "max_new_tokens": 4},

@@ -89,6 +89,7 @@ def tiny_recipe(base: str, tasks: tuple[str, ...] = TASK_FILES) -> dict[str, Any
         "model": base,
         "tasks": {task: {"train": f"data/{task}.jsonl", "metric": "choice_accuracy"} for task in tasks},
         "protocol": {"rounds": 2, "local_steps": 4},
+        "preset": "paper",
         "operator": {"name": "metis", "mask": False},
         "local_update": {"rank": 2, "alpha": 4, "batch_size": 2, "learning_rate": 0.01, "max_length": 32},
         "evaluation": {

@@ -49,6 +49,7 @@ def small_mapping(base: Path, data: Path, tasks: tuple[str, ...] = TASKS) -> dic
             for task in tasks
         },
         "protocol": {"rounds": 2, "local_steps": 4},
+        "preset": "paper",
         "operator": {"name": "metis"},
         "local_update": {"rank": 2, "alpha": 4, "batch_size": 4, "learning_rate": 0.01, "max_length": 32},
         "evaluation": {"experts": False, "validation_examples": 6, "test_examples": 6, "max_new_tokens": 4},

@@ -45,6 +45,7 @@ def mapping(base: Path, data: Path) -> Json:
         "models": {"tiny": str(base)},
         "tasks": tasks,
         "retention": retention,
+        "preset": "paper",
         "seeds": [0],
         "methods": METHODS,
     } | own
@@ -91,6 +92,7 @@ def test_a_many_shot_cell_is_the_run_of_the_same_recipe(raw: Json, done: Compare
     one = cell_of(done.results, "metis", "many_shot")
     recipe = recipe_from_mapping(
         {"model": raw["models"]["tiny"], "tasks": raw["tasks"], "operator": METHODS["metis"]["operator"], "seed": 0}
+        | {"preset": "paper"}
         | {key: raw[key] for key in ("protocol", "local_update")}
         | {"evaluation": raw["evaluation"] | {"experts": True}}
     )

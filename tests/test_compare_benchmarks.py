@@ -67,6 +67,7 @@ def raw(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
     return {
         "models": {"tiny": str(base_folder)},
         "tasks": {name: small["tasks"][name] for name in PAIR},
+        "preset": "paper",
         "seeds": [0],
         "benchmarks": {
             "pick": {"data": letters, "metric": "acc", "task": "letters"},

@@ -23,6 +23,7 @@ STUDIES = Path(__file__).parents[1] / "recipes" / "study"
 RAW: dict[str, Any] = {
     "models": {"tiny": "some/model"},
     "tasks": {name: {"data": f"owner/{name}"} for name in "abc"},
+    "preset": "paper",
     "seeds": [0, 1],
     "protocol": {"rounds": 2, "local_steps": 4},
     "methods": {"ties": {"operator": "ties"}, "metis": {"operator": "metis", "grid": {"temperature": [1.0, 2.0]}}},

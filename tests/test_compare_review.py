@@ -33,6 +33,7 @@ Json = dict[str, Any]
 RAW: Json = {
     "models": {"tiny": "some/model"},
     "tasks": {name: {"data": f"owner/{name}"} for name in "abc"},
+    "preset": "paper",
     "seeds": [0, 1],
     "protocol": {"rounds": 2, "local_steps": 4},
     "methods": {"metis": {"operator": "metis"}},

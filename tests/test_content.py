@@ -19,7 +19,7 @@ TASKS = {"math": {"data": "owner/math", "metric": "exact_match"}, "code": {"data
 
 def named(operator: str) -> str:
     """What a trial with this operator and nothing else said is named after."""
-    recipe = recipe_from_mapping({"model": "some/model", "tasks": TASKS, "operator": operator})
+    recipe = recipe_from_mapping({"model": "some/model", "tasks": TASKS, "preset": "paper", "operator": operator})
     return content_key(keyed_recipe(recipe.model_dump(mode="json", exclude={"model", "tasks"})))[:12]
 
 

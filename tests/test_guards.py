@@ -27,6 +27,7 @@ def make_recipe(*overrides: str, tasks: Sequence[str] = FOUR) -> Recipe:
     mapping: dict[str, Any] = {
         "model": "folder",
         "tasks": {task: {"data": "demo:math", "metric": "exact_match"} for task in tasks},
+        "preset": "paper",
         "operator": "metis",
     }
     return recipe_from_mapping(mapping, overrides)
@@ -365,6 +366,10 @@ RECIPES = [
     ("operator=consensus_ta", "merge.space=factors"),
     ("operator=metis", "local_update.adapter_start=averaged"),
     ("operator=metis", "protocol.rounds=1"),
+    ("preset=default", "operator=metis"),
+    ("preset=default", "operator=mean"),
+    ("preset=default", "operator=metis", "operator.scaling=auto"),
+    ("preset=default", "operator=metis", "protocol.rounds=1"),
 ]
 
 

@@ -453,7 +453,7 @@ def test_merge_metis_weights_are_the_softmax_of_gaps_measured_independently(
     paths = {"one": models["one"], "two": models["two"], "lora": adapter}
     rows = write_rows(tmp_path, tuple(paths))
     validation = [part for name in paths for part in ("--validation", f"{name}={name}.jsonl")]
-    flags = ("--operator", "metis", "--temperature", "0.5", "--device", "cpu", "--json")
+    flags = ("--operator", "metis", "--preset", "paper", "--temperature", "0.5", "--device", "cpu", "--json")
     done = call(*paths.values(), "--base", models["base"], "-o", "out", *flags, *validation)
     assert (done.returncode, done.stderr) == (0, "")
     # the adapter's model as PEFT merges it

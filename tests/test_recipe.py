@@ -38,14 +38,18 @@ def test_protocol_steps_by_hand() -> None:
 
 
 def test_recipe_defaults_are_the_papers() -> None:
-    recipe = Recipe.model_validate({"model": "some/model", "tasks": TWO})
+    recipe = Recipe.model_validate({"model": "some/model", "tasks": TWO, "preset": "paper"})
     assert recipe.protocol.rounds == 5
     assert recipe.method == Metis(temperature=2.0, mask_threshold=0.3, min_agreement=2, scaling=1.0)
+    assert (recipe.method.gap, recipe.method.mask) == ("absolute", True)  # type: ignore[attr-defined]
     update = recipe.local_update
     assert (update.rank, update.alpha, update.dropout, update.learning_rate) == (16, 16, 0.0, 3e-4)
     assert (update.batch_size, update.max_length) == (8, 512)
     assert update.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (update.adapter_start, update.optimizer_state) == ("fresh", "restart")
     assert (recipe.merge.space, recipe.merge.reference) == ("weights", "pretrained")
+    outer = (recipe.merge.outer_optimizer, recipe.merge.outer_step_size, recipe.merge.outer_momentum)
+    assert outer == ("sgd", 1.0, 0.0)
 
 
 def test_recipe_is_frozen_in_every_section() -> None:

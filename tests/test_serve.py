@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
     recipe = {
         "tasks": {"math": {}, "safety": {}},
         "protocol": {"rounds": 2},
+        "preset": "paper",
         "operator": {"name": "metis"},
         "evaluation": {"experts": False, "post_hoc": False},
     }

@@ -28,6 +28,7 @@ def make(tmp_path: Path) -> Make:
         "model": "owner/model",
         "tasks": {name: {"data": str(tmp_path / f"{name}.jsonl")} for name in "abc"},
         "protocol": {"rounds": 4, "local_steps": 8},
+        "preset": "paper",
         "merge": {"reference": "start"},
     }
 

@@ -186,6 +186,7 @@ def _watch(start: Callable[[Listener], RunResult], output: Path, again: str, qui
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    preset: Annotated[str, typer.Option("--preset", help="Its settings of METIS: default, or paper.")] = "default",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented recipe to start from."""
@@ -194,7 +195,8 @@ def init(
 
     if path.exists() and not force:
         raise RunFolderError(f"{path}: is there already; --force replaces it")
-    path.write_text(starter_recipe(), "utf-8")
+    text = starter_recipe(preset)
+    path.write_text(text, "utf-8")
     print(f"wrote {path}; next: manyshot validate {path}")
 
 

@@ -18,6 +18,7 @@ Models = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The merged model's folder.")]
 Base = Annotated[str | None, typer.Option("--base", help="The model that the others were trained from.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="What metis is where no flag says: default, or paper.")]
 OperatorName = Annotated[str | None, typer.Option("--operator", help=OPERATOR_HELP)]
 Weights = Annotated[str | None, typer.Option("--weights", help="One number per model: 0.5,0.3,0.2.")]
 Scaling = Annotated[float | None, typer.Option("--scaling", help="Multiplies the merged task vector.")]
@@ -50,6 +51,7 @@ def merge(
     output: Output,
     base: Base = None,
     operator: OperatorName = None,
+    preset: Preset = None,
     weights: Weights = None,
     scaling: Scaling = None,
     density: Density = None,
@@ -71,24 +73,23 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge models that exist already, once: folders or PEFT adapters, or what a (mergekit) YAML file names."""
-    from manyshot.merge_command import merge as run_merge
-    from manyshot.merge_command import operator_settings, parse_pairs, parse_weights, recipe_from_flags
+    from manyshot import merge_command as command
 
     named = {"scaling": scaling, "density": density, "trim_scope": trim_scope, "mask_threshold": mask_threshold}
     named |= {"min_agreement": min_agreement, "temperature": temperature}
-    top = {"dtype": dtype, "shard_size": shard_size, "seed": seed}
-    recipe = recipe_from_flags(
+    top = {"preset": preset, "dtype": dtype, "shard_size": shard_size, "seed": seed}
+    recipe = command.recipe_from_flags(
         models,
         base=base,
         operator=operator,
-        settings=operator_settings(named, settings or []),
-        weights=parse_weights(weights),
-        validation=parse_pairs(validation or [], "--validation"),
+        settings=command.operator_settings(named, settings or []),
+        weights=command.parse_weights(weights),
+        validation=command.parse_pairs(validation or [], "--validation"),
         top={key: value for key, value in top.items() if value is not None},
     )
     show = _Bar(hidden=quiet or as_json)
     try:
-        result = run_merge(
+        result = command.merge(
             recipe,
             output,
             device=device,

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from manyshot.errors import suggestion
 from manyshot.operators import Operator
+from manyshot.presets import PresetName
 from manyshot.recipe import TASK_NAME, LocalUpdate, Merge, OperatorChoice, Protocol, Section, operator_adapter
 
 Shot = Literal["post_hoc", "many_shot"]
@@ -29,6 +30,7 @@ class Method(Section):
 
     label: str | None = Field(None, description="how tables name it; the method's key when not given")
     operator: OperatorChoice | None = Field(None, description="as in a recipe")
+    preset: PresetName | None = Field(None, exclude=True, description="as in a recipe; the comparison's when not given")
     joint: bool = Field(False, description="fine-tune one model on all tasks mixed, at the same total steps")
     protocols: tuple[Shot, ...] = Field(("post_hoc", "many_shot"), description="one merge at the end, or one per round")
     grid: dict[str, list[Any]] = Field(

@@ -13,6 +13,7 @@ from pydantic import ValidationError, model_validator
 from manyshot.compare_checks import cell_problems, method_problems, names_problems
 from manyshot.compare_methods import SECTIONS, Candidate, Method, changed, choose, combinations
 from manyshot.compare_spec import CompareSpec, TaskSet, Tuning
+from manyshot.presets import filled_methods
 from manyshot.recipe import Section, refuse_together
 
 # the parts of it that are declared elsewhere are found here too
@@ -25,9 +26,10 @@ class CompareRecipe(CompareSpec):
     @model_validator(mode="before")
     @classmethod
     def _methods_begin_as_all(cls, raw: Any) -> Any:
-        """A method's own sections hold what they say, and the recipe's keys for the rest."""
+        """A method's own sections hold what they say, what its preset fills in, and the recipe's keys for the rest."""
         if not isinstance(raw, dict) or not isinstance(raw.get("methods"), dict):
             return raw
+        raw = filled_methods(raw)
         found = {name: one for name, one in raw["methods"].items() if isinstance(one, dict)}
         whole = {name: _whole_sections(one, raw) for name, one in found.items()}
         for name, one in found.items():

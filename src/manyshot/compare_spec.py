@@ -9,6 +9,7 @@ from pydantic import Field
 from manyshot.benchmark_spec import Benchmark, Benchmarks, Harness
 from manyshot.compare_methods import Candidate, Method, Name, choose, combinations
 from manyshot.operators import Mean
+from manyshot.presets import PRESET_HELP, PresetName
 from manyshot.recipe import Evaluation, LocalUpdate, Merge, Protocol, Recipe, Section, TaskSpec
 
 Seed = Annotated[int, Field(ge=0)]
@@ -41,6 +42,7 @@ class CompareSpec(Section):
     """Everything a comparison depends on."""
 
     models: dict[Name, str] = Field(min_length=1, description="backbones: a name for the tables, and a model")
+    preset: PresetName | None = Field(None, exclude=True, description=f"{PRESET_HELP}; of methods that name none")
     trust_remote_code: bool = Field(
         False, description="run Python code that came with the model; only where --trust-remote-code says so too"
     )
@@ -161,7 +163,7 @@ class CompareSpec(Section):
             tasks={name: self.tasks[name] for name in tasks},
             protocol=Protocol(rounds=1, local_steps=steps) if shot == "post_hoc" else candidate.protocol,
             operator=candidate.operator,
-            merge=candidate.merge,
+            merge=candidate.merge.once() if shot == "post_hoc" else candidate.merge,
             local_update=candidate.local_update,
             evaluation=self.evaluation.model_copy(update={"experts": False, "post_hoc": False}),
             seed=seed,

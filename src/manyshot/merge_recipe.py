@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from manyshot.gap_weights import needs_gaps
 from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
+from manyshot.presets import WithPreset
 from manyshot.recipe import TASK_NAME, OperatorChoice, Problems, Section, make_plan, override_problems, refuse_together
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -35,7 +36,7 @@ class ExpertSpec(Section):
     system_prompt: str | None = Field(None, description="as in a task of a recipe")
 
 
-class MergeRecipe(Section):
+class MergeRecipe(WithPreset):
     """Everything a merge depends on."""
 
     base: str = Field(description="Hub id, local folder or .gguf file that the experts were trained from")

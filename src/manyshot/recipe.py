@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from manyshot.executor_spec import ExecutorChoice, LocalExecution
 from manyshot.keep_spec import Keep
 from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
+from manyshot.presets import WithPreset
 from manyshot.task_spec import Count, Section, SourceSpec, TaskSpec
 from manyshot.tracker_spec import Trackers
 from manyshot.training_spec import LocalUpdate, Protocol
@@ -65,6 +66,11 @@ class Merge(Section):
         None, description="type of the merged model's float tensors; as in the base when not given"
     )
 
+    def once(self) -> Merge:
+        """The same for a merge that none comes before or after: nesterov's step ahead is for rounds that follow."""
+        plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0}
+        return self.model_copy(update=plain) if self.outer_optimizer == "nesterov" else self
+
 
 class Evaluation(Section):
     """What is measured, and on how much."""
@@ -95,7 +101,7 @@ def _operator_union() -> Any:
 OperatorChoice: TypeAlias = _operator_union()  # type: ignore[valid-type]
 
 
-class Recipe(Section):
+class Recipe(WithPreset):
     """Everything a run depends on."""
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")

@@ -268,6 +268,7 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
     Candès 2015, arXiv 1204.3982, restart momentum for the same reason).
     """
     merge, rounds = run.recipe.merge, run.recipe.protocol.rounds
+    merge = merge if round_index else merge.once()
     step_size, momentum, optimizer = merge.outer_step_size, merge.outer_momentum, merge.outer_optimizer
     if isinstance(step_size, tuple):
         step_size = step_size[max(1, round_index) - 1]

@@ -29,7 +29,8 @@ class Metis(Operator):
     """V = Σ_τ α_τ v_τ;  m_τ = 1[α_τ|v_τ| ≥ δ|V − α_τ v_τ|];  M(v) = β (1[Σ_τ m_τ ≥ k] ⊙ V).
 
     α = softmax(G / `temperature`) comes from the loss gaps G (manyshot.gap_weights) and reaches `merge` as `weights_T`;
-    δ is `mask_threshold`, k is `min_agreement`, β is `scaling`. The defaults are the paper's.
+    δ is `mask_threshold`, k is `min_agreement`, β is `scaling`. The defaults here are the paper's; what a recipe's
+    `operator: metis` means beyond them is in manyshot.presets.
 
     Beyond the paper: `gap` says what a gap is a share of (what the expert gained on the pretrained model, the expert's
     loss, the start's), or weighs all tasks alike with `none` (the ablation without loss-gap weights);
