@@ -414,7 +414,8 @@ ALLOWED: dict[str, set[str]] = {
     "tune_figures": {"compare_drawing", "tune_space"},
     "tune_outputs": {"compare_drawing", "compare_render", "errors", "rundir", "tune_figures", "tune_space"},
     "tuning": {
-        *{"compare_gain", "compare_jobs", "disk", "errors", "executors", "inputs", "manifest", "models", "progress"},
+        *{"compare_gain", "compare_jobs", "disk", "errors", "executor_choice", "inputs", "manifest", "models"},
+        "progress",
         *{"recipe", "recipe_file", "rounds", "run_identity", "run_lock", "rundir", "seeding", "steps", "steps_merge"},
         "steps_train",
         *{"tune_folder", "tune_outputs", "tune_recipe", "tune_results", "tune_sampler", "tune_space"},

@@ -19,7 +19,7 @@ from manyshot.compare_gain import shares
 from manyshot.compare_jobs import FAILURES, TRIAL, TrialJob, failed, run_trial
 from manyshot.disk import disk_errors
 from manyshot.errors import MergeError, RunFolderError
-from manyshot.executors import LocalExecutor
+from manyshot.executor_choice import computing_threads, open_executor
 from manyshot.inputs import check_inputs
 from manyshot.manifest import MANIFEST, check_files
 from manyshot.models import ModelState
@@ -98,6 +98,8 @@ def tune(
     where no settings could be merged; a trial that fails is recorded, and the search goes on.
     """
     require_optuna()
+    if recipe.executor.name == "ray":
+        output = output.absolute()  # tasks on other nodes begin in another folder
     folder, resume = TuneFolder(output), resume or repair
     claim(folder, recipe, resume=resume, force=force)
     with disk_errors(output), preserved_random_state(), one_writer(output), ExitStack() as stack:
@@ -114,12 +116,14 @@ def tune(
         describe(folder, recipe, inputs, command)
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         stack.enter_context(one_writer(folder.run.path))  # which is a run that others may go on with
+        stack.enter_context(computing_threads(recipe))
+        executor = stack.enter_context(open_executor(recipe, folder.run.path, inputs, progress))
         progress.metrics = folder.metrics
         for warning in operator_warnings(recipe.trial_recipe):
             progress.message(f"warning: {warning}")
         tasks = tuple(task.without_test() for task in inputs.tasks)
         run = Run(
-            *(recipe.trial_recipe, folder.run, inputs.base, tasks, LocalExecutor(), progress),
+            *(recipe.trial_recipe, folder.run, inputs.base, tasks, executor, progress),
             trial=True,
             shared=folder.updates,
         )
