@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
 import sys
 import time
@@ -12,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyshot import trainer_command
+from manyshot import command_update, trainer_command
+from manyshot.base_model import find_base_model
+from manyshot.by_hand import Coordinated
 from manyshot.command_update import TrainerCall, update_by_command
 from manyshot.content import keyed
 from manyshot.errors import ModelError, RecipeError, TrainingError
 from manyshot.models import ModelState
+from manyshot.run_identity import environment
 from manyshot.rundir import read_json
 from manyshot.runner import run
+from manyshot.seeding import preserved_random_state
 from manyshot.trainer_command import command_problem, fill
 from run_helpers import Runs, load_tensors, round_folder, weights
 
@@ -155,14 +160,28 @@ def test_command_may_leave_a_folder_or_a_whole_model(make_call: MakeCall, mishap
     assert (call.folder / kept / "config.json").exists() == (kept == "model")
 
 
-def test_example_trainer_learns_its_task(make_call: MakeCall, base_folder: Path) -> None:
-    call = make_call(EXAMPLE)
-    assert call_trainer(call) == "adapter"
-    losses = [
-        float(line.split()[-1]) for line in (call.folder / "trainer.log").read_text().splitlines() if "step" in line
-    ]
+def test_example_trainer_learns_its_task(
+    make_call: MakeCall, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has loaded torch; in one of its own below."""
+
+    def run_here(command: str, values: trainer_command.Values, log: Path, **more: object) -> None:
+        monkeypatch.setattr(sys, "argv", fill(command, values)[1:])
+        with preserved_random_state():
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+    monkeypatch.setattr(command_update, "run_command", run_here)
+    assert call_trainer(make_call(EXAMPLE)) == "adapter"
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 2
     assert losses[1] < losses[0]  # the same rows twice
+
+
+@pytest.mark.slow  # four programs load torch, transformers and peft
+def test_example_trainer_runs_as_a_program_in_every_round(runs: Runs) -> None:
+    result = runs.get(*by_command(EXAMPLE), "protocol.local_steps=12")
+    first, last = (read_json(round_folder(result, r) / "losses.json") for r in (0, 2))
+    assert all(last[task]["loss"] < first[task]["loss"] for task in first)
 
 
 # ---- the command itself ----------------------------------------------------------------------------------------------
@@ -204,6 +223,21 @@ def test_command_runs_only_where_somebody_consented(make_call: MakeCall, monkeyp
 def test_command_without_its_program_is_refused_before_anything_runs(runs: Runs) -> None:
     with pytest.raises(RecipeError, match="no program 'no-such-trainer'"):
         run(runs.recipe(*by_command("no-such-trainer {config}")), runs.new_folder())
+
+
+def test_environment_knows_the_files_that_a_command_names(runs: Runs, base_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("print()")
+    recipe, read = (
+        runs.recipe(*by_command(f"python {script} {{config}}")),
+        Coordinated(find_base_model(str(base_folder)), ()),
+    )
+    before = environment(recipe, read, {}, None)["trainer"]
+    script.write_text("print(1)")
+    after = environment(recipe, read, {}, None)["trainer"]
+    assert before.keys() == after.keys() == {str(script)}
+    assert before != after
+    assert "trainer" not in environment(runs.recipe(), read, {}, None)
 
 
 def test_time_limit_is_no_part_of_what_finished_work_is_called(runs: Runs) -> None:

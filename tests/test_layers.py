@@ -379,7 +379,7 @@ ALLOWED: dict[str, set[str]] = {
     "older_recipe": {"content", "errors", "operators", "recipe_file", "yaml_text"},
     "run_identity": {
         *{"base_model", "errors", "models", "older_recipe", "recipe", "recipe_file", "rundir", "secret_text", "tasks"},
-        "yaml_text",
+        *{"tensors", "trainer_command", "yaml_text"},
     },
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},

@@ -45,10 +45,10 @@ _LAYER = re.compile(r"^(.*?)\.?\b(\d+)\.")
 class Records:
     """Reads the JSON files of a folder, and notes which of those that should be there cannot be used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, scored: bool = True) -> None:
         self.folder = folder
         self.problems: list[Problem] = []
-        self.scored = True  # whether there are test scores, and answers, to be found
+        self.scored = scored  # whether there are test scores, and answers, to be found
         self._read: dict[Path, dict[str, Any]] = {}
 
     def note(self, path: Path, message: str) -> None:
@@ -96,9 +96,8 @@ def read_run(path: Path, name: str | None = None) -> tuple[Block, Details]:
 
     Raises RunFolderError where the folder holds no run.
     """
-    folder, records = RunFolder(path), Records(path)
-    outline = read_outline(folder)
-    records.scored = not outline.by_hand
+    outline = read_outline(RunFolder(path))
+    folder, records = RunFolder(path), Records(path, scored=not outline.by_hand)
     tasks, rounds, evaluation = outline.tasks, outline.rounds, outline.evaluation
     text = folder.recipe.read_text("utf-8")
     recipe = mapping(read_yaml(text))

@@ -24,6 +24,8 @@ from manyshot.recipe_file import to_yaml
 from manyshot.rundir import RunFolder, read_json, write_json, write_text
 from manyshot.secret_text import redacted
 from manyshot.tasks import Task
+from manyshot.tensors import file_digest
+from manyshot.trainer_command import files_of
 from manyshot.yaml_text import read_yaml
 
 Json = dict[str, Any]
@@ -36,7 +38,7 @@ MAY_CHANGE = (
     *("protocol.on_failure", "merge.on_regression", "merge.regression_tolerance"),
 )
 # what environment.json says of the machine, which may be another
-MACHINE = ("packages", "python", "platform", "placement", "threads")
+MACHINE = ("packages", "python", "platform", "placement", "threads", "trainer")
 RESUMED = "resumed_with"
 
 
@@ -124,7 +126,9 @@ def _note_machine(folder: RunFolder, before: Json, now: Json) -> list[str]:
     for entry in resumed:
         known |= entry
     found = {
-        key: value for key, value in _leaves({key: now[key] for key in MACHINE}).items() if known.get(key) != value
+        key: value
+        for key, value in _leaves({key: now.get(key, {}) for key in MACHINE}).items()
+        if known.get(key) != value
     }
     if found:
         write_json(folder.environment, before | {RESUMED: [*resumed, found]})
@@ -162,7 +166,14 @@ def environment(recipe: Recipe, inputs: WhatIsRead, identity: Json, command: str
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
+        **_trainer(recipe),
     }
+
+
+def _trainer(recipe: Recipe) -> Json:
+    """{"trainer": digests of the files that a command of the user's own names}; that they change is told, no more."""
+    command = recipe.local_update.command
+    return {"trainer": {str(path): file_digest(path) for path in files_of(command)}} if command is not None else {}
 
 
 def package_version(name: str) -> str | None:
