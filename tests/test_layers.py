@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "match": {"errors", "folder_links", "peft_adapter", "rundir", "task_vector", "tensors"},
     "outer": {"engine", "kernels", "task_vector", "tensor_writer", "tensors"},
     "round_merge": {
+        "progress",
         *{"adapters", "engine", "errors", "kernels", "merge_report", "operators", "outer", "reading", "rundir"},
         *{"stream", "task_vector", "tensor_writer", "tensors"},
     },
@@ -344,6 +345,7 @@ ALLOWED: dict[str, set[str]] = {
     "guards": {"gap_weights", "guard_advice", "recipe", "round_record"},
     "steps_guard": {"guards", "round_record", "rundir", "steps"},
     "steps_merge": {
+        "merge_report",
         "removed",
         *{"adapters", "errors", "export", "gap_weights", "manifest", "match", "models", "operators", "outer"},
         *{"round_merge", "rundir", "steps", "steps_guard", "steps_search", "steps_train", "task_vector", "tensors"},

@@ -23,7 +23,7 @@ class Executor(Protocol):
     """Runs `function(job, progress)` for every job and returns the results in the order of the jobs.
 
     `splits`: it runs jobs elsewhere, so that one measurement of several tasks is made a job of each; `at_once`: how
-    many jobs it runs at a time.
+    many jobs it runs at a time; `far`: on machines of their own, which a large merge is worth sending to.
     """
 
     @property
@@ -31,6 +31,9 @@ class Executor(Protocol):
 
     @property
     def at_once(self) -> int: ...
+
+    @property
+    def far(self) -> bool: ...
 
     def map(
         self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress
@@ -40,7 +43,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """One job after the other, in this process: the default, and what other executors are tested against."""
 
-    splits, at_once = False, 1
+    splits, at_once, far = False, 1, False
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
         return [function(job, progress) for job in jobs]
@@ -67,7 +70,7 @@ class ProcessExecutor:
     messages, when their job is done; what else they tell is not heard.
     """
 
-    splits = False
+    splits, far = False, False
 
     def __init__(self, workers: int, start: Callable[[int], None]) -> None:
         self.at_once = workers

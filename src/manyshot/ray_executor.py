@@ -230,7 +230,7 @@ def refuse_unshared(answers: Sequence[Answer], folder: Path) -> None:
 class RayExecutor:
     """As many jobs at once as the cluster holds, each a Ray task in a process of its own that ends with it."""
 
-    splits = True
+    splits, far = True, True
 
     def __init__(self, ray: Any, spec: RayExecution, folder: Path, threads: int) -> None:
         self._ray, self.spec, self.folder, self.threads = ray, spec, folder, threads

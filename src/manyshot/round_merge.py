@@ -5,28 +5,34 @@ Shapes: T = tasks, P = entries of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from manyshot import kernels
 from manyshot.adapters import write_adapter
 from manyshot.engine import Piece, TilePool
 from manyshot.errors import MergeError, ModelError
 from manyshot.kernels.pieces import ADD_TO_START, AS_IT_IS, Target
-from manyshot.merge_report import MergeReport
+from manyshot.merge_report import MergeReport, TileSums, add_up
 from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
 from manyshot.outer import Outer
+from manyshot.progress import Progress
 from manyshot.reading import Reference, TaskVectorReader, TileData, check_updates
 from manyshot.rundir import PARTIAL, atomic_file
 from manyshot.stream import MergeStream
 from manyshot.task_vector import AdapterFactors, FactorEntries, Scratch, StoredTaskVector, StoredUpdate, Update
-from manyshot.tensor_writer import PositionedWriter
+from manyshot.tensor_writer import PositionedWriter, plan_shards, start_files
 from manyshot.tensors import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+# bytes of a merged task vector that are worth a process elsewhere
+PART_BYTES = 2_000_000_000
 
 
 def merge_weights(
@@ -42,17 +48,19 @@ def merge_weights(
     outer: Outer | None = None,
     seed_parts: Sequence[str | int] = (0,),
     threads: int | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> MergeReport:
     """Write the merged task vector Θʳ − Θ⁰ to `output`, float32.
 
     With reference `pretrained` (the paper), v_τ = (Θʳ⁻¹ − Θ⁰) + u_τ and Θʳ − Θ⁰ = M(v); with `start` (ATM, arXiv
     2411.03055), v_τ = u_τ and Θʳ − Θ⁰ = (Θʳ⁻¹ − Θ⁰) + M(u), or what `outer` makes of M(u); u_τ = θ_τ − Θʳ⁻¹ are the
-    `updates`. What `outer` leaves for the next round is written together with it. Raises ModelError for tensors that do
-    not fit the base, MergeError for a merge that keeps nothing.
+    `updates`. What `outer` leaves for the next round is written together with it. `elsewhere` does the parts of a large
+    merge, to the same bits. Raises ModelError for tensors that do not fit the base, MergeError for a merge that keeps
+    nothing.
     """
     check_updates(pretrained, tasks, updates)
     reader = TaskVectorReader(pretrained, start, tuple(tasks), tuple(updates), reference)
-    return _merge_into(reader, operator, weights, output, outer or Outer(), seed_parts, threads)
+    return _merge_into(reader, operator, weights, output, outer or Outer(), seed_parts, threads, elsewhere)
 
 
 def write_update(
@@ -139,6 +147,7 @@ def _merge_into(
     outer: Outer | None,
     seed_parts: Sequence[str | int],
     threads: int | None,
+    elsewhere: Elsewhere | None = None,
 ) -> MergeReport:
     """Stream a merge into one float32 file: Θʳ − Θ⁰, or (without `outer`) M(v) as it is."""
     if len(weights) != len(reader.tasks):
@@ -152,11 +161,68 @@ def _merge_into(
         for file in files:
             stack.enter_context(atomic_file(file))
         partial = {file.with_name(file.name + PARTIAL): tensors for file, tensors in files.items()}
+        parts = cut_names(infos, plan, len(reader.tasks)) if elsewhere is not None else []
+        if elsewhere is not None and len(parts) > 1:
+            start_files(partial)
+            given = (reader, plan, tuple(weights), tuple(seed_parts), partial, outer or Outer())
+            jobs = [MergePart(*given, tuple(names), f"{i} of {len(parts)}") for i, names in enumerate(parts, start=1)]
+            report = add_up(reader.tasks, [tile for tiles in elsewhere(jobs) for tile in tiles])
+            refuse_empty(report, weights)
+            return report
         writer = stack.enter_context(PositionedWriter(partial))
         sink = _TaskVectorSink(writer, reader.reference if outer else "pretrained", outer or Outer())
         report = MergeStream(reader, plan, weights, seed_parts, sink, TilePool(threads)).run()
         refuse_empty(report, weights)
     return report
+
+
+# ---- parts of a large merge ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergePart:
+    """The tensors `names` of a merge, for a process that shares the files: their headers are written already."""
+
+    reader: TaskVectorReader
+    plan: OperatorPlan
+    weights: tuple[float, ...]
+    seed_parts: tuple[str | int, ...]
+    files: Mapping[Path, Mapping[str, TensorInfo]]
+    outer: Outer
+    names: tuple[str, ...]
+    number: str  # 1 of 3
+
+    @property
+    def label(self) -> str:
+        return f"merge, part {self.number}"
+
+
+Elsewhere: TypeAlias = Callable[[list[MergePart]], list[list[TileSums]]]
+
+
+def merge_part(job: MergePart, progress: Progress) -> list[TileSums]:
+    """Merge and write one part; what the report is made of. Done again, it writes the same bytes to the same places."""
+    others = set(job.reader.names()) - set(job.names)
+    infos = {name: TensorInfo(job.reader.shape(name), "F32") for name in job.names}
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or None  # what the executor gives a job
+    with PositionedWriter(job.files, only={*infos, *job.outer.state_infos(infos)}) as writer:
+        sink = _TaskVectorSink(writer, job.reader.reference, job.outer)
+        reader = job.reader.without(others)
+        return MergeStream(reader, job.plan, job.weights, job.seed_parts, sink, TilePool(threads)).tiles()
+
+
+def cut_names(infos: Mapping[str, TensorInfo], plan: OperatorPlan, num_tasks: int) -> list[list[str]]:
+    """The tensors in parts of about PART_BYTES; those whose operator looks at all of them together stay together."""
+    together: dict[Operator, list[str]] = {}
+    alone = {}
+    for name, info in infos.items():
+        operator = plan.for_tensor(name)
+        if operator.scan_scope == "model" and operator.start_scan(num_tasks, 1) is not None:
+            together.setdefault(operator, []).append(name)
+        else:
+            alone[name] = info
+    parts = [list(part) for part in plan_shards(alone, PART_BYTES) if part]
+    return [*parts, *together.values()]
 
 
 class _TaskVectorSink:

@@ -21,11 +21,12 @@ from manyshot.gap_weights import (
 )
 from manyshot.manifest import files_in, linked_digests
 from manyshot.match import open_experts
+from manyshot.merge_report import TileSums
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
 from manyshot.removed import refuse_removed, why_removed
-from manyshot.round_merge import merge_factors, merge_weights, scale_update, write_update
+from manyshot.round_merge import MergePart, merge_factors, merge_part, merge_weights, scale_update, write_update
 from manyshot.rundir import ROLLBACK, read_json, remove, write_json
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_guard import guard
@@ -211,7 +212,11 @@ def _merge(
     else:
         reference = run.recipe.merge.reference
         report = merge_weights(
-            *sources, plan, in_order, output, reference=reference, outer=outer, seed_parts=seed_parts
+            *(*sources, plan, in_order, output),
+            reference=reference,
+            outer=outer,
+            seed_parts=seed_parts,
+            elsewhere=partial(_merge_parts, run) if run.executor.far else None,
         )
         in_weights = {}
     found = report.to_json() | {"digest": file_digest(output), "weights": weights}
@@ -225,6 +230,10 @@ def _merge(
     else:
         drift = {expert.task: update.norm() for expert, update in zip(experts, sources[-1], strict=True)}
     return found | {"drift": drift}
+
+
+def _merge_parts(run: Run, parts: list[MergePart]) -> list[list[TileSums]]:
+    return run.executor.map(merge_part, parts, run.progress)
 
 
 def _write_candidate(

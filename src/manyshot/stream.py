@@ -99,11 +99,15 @@ class MergeStream:
 
     def run(self) -> MergeReport:
         """Merge every tensor that some expert changed."""
+        return add_up(self.reader.tasks, self.tiles(), pairs=self.pairs)
+
+    def tiles(self) -> list[TileSums]:
+        """The same; what the report is made of."""
         self._load_torch()
         gc.freeze()  # what the imports left need not be searched again and again while tiles come and go
         try:
             with one_torch_thread():
-                return add_up(self.reader.tasks, self._run(), pairs=self.pairs)
+                return self._run()
         finally:
             gc.unfreeze()
 

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -75,13 +75,20 @@ class SafetensorsWriter:
 class PositionedWriter:
     """Writes safetensors files entry by entry, in any order and from several threads at once.
 
-    `files` maps each file to its tensors. On leaving, every entry must have been written once.
+    `files` maps each file to its tensors. On leaving, every entry must have been written once. With `only`, files that
+    start_files() has made get these tensors, while others may get the rest from elsewhere.
     """
 
-    def __init__(self, files: Mapping[Path, Mapping[str, TensorInfo]]) -> None:
+    def __init__(self, files: Mapping[Path, Mapping[str, TensorInfo]], only: Collection[str] | None = None) -> None:
         self._place: dict[str, tuple[Path, int, TensorInfo]] = {}
         self._descriptors: dict[Path, int] = {}
-        self._left = {name: info.num_elements for infos in files.values() for name, info in infos.items()}
+        self._left = {
+            name: info.num_elements
+            for infos in files.values()
+            for name, info in infos.items()
+            if only is None or name in only
+        }
+        self._shared = only is not None
         self._lock = threading.Lock()
         self._unflushed = 0
         self._wanted, self._closing = threading.Event(), False
@@ -89,10 +96,12 @@ class PositionedWriter:
         self._flusher = threading.Thread(target=self._flush, daemon=True)
         try:
             for file, infos in files.items():
-                self._descriptors[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                made = 0 if self._shared else os.O_CREAT | os.O_TRUNC
+                self._descriptors[file] = os.open(file, os.O_WRONLY | made, 0o666)
                 header, begins = make_header(infos)
-                self._write(file, header, 0)
-                self._place |= {name: (file, begins[name], infos[name]) for name in infos}
+                if not self._shared:
+                    self._write(file, header, 0)
+                self._place |= {name: (file, begins[name], infos[name]) for name in infos if name in self._left}
         except BaseException:
             self._close()
             raise
@@ -169,6 +178,8 @@ class PositionedWriter:
         if self._flusher.is_alive():
             self._flusher.join()
         for descriptor in self._descriptors.values():
+            if self._shared:
+                os.fsync(descriptor)  # nobody else can do it for what was written here
             os.close(descriptor)
         self._descriptors.clear()
 
@@ -183,6 +194,15 @@ class PositionedWriter:
             raise self._failed
         if error is None and (wrong := [name for name, left in self._left.items() if left]):
             raise ModelError(f"tensor '{wrong[0]}': {self._left[wrong[0]]} entries were never written")
+
+
+def start_files(files: Mapping[Path, Mapping[str, TensorInfo]]) -> None:
+    """Make files that hold their headers, for writers that each get only some of the tensors."""
+    for file, infos in files.items():
+        header, _ = make_header(infos)
+        with open(file, "wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + sum(info.num_bytes for info in infos.values()))
 
 
 def final_name(file: Path) -> Path:

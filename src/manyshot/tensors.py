@@ -127,6 +127,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
 
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path]]:
+        """To another process goes the path; what is there is opened there."""
+        return Checkpoint, (self.path,)
+
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 

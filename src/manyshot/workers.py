@@ -69,7 +69,7 @@ class _Worker:
 class WorkerExecutor:
     """`len(pins)` jobs at once, each in a process of its own. Job and result are pickled, so they hold no tensors."""
 
-    splits = True
+    splits, far = True, False
 
     def __init__(self, folder: Path, pins: Sequence[Pin], threads: int, max_retries: int) -> None:
         self.folder, self.pins, self.threads, self.max_retries = folder, tuple(pins), threads, max_retries
