@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_lock": {"errors", "process_mark", "rundir"},
     "memory": set(),
     "progress": {"memory", "rundir", "secret_text"},
-    "executors": {"errors", "progress"},
+    "executors": {"errors", "memory", "progress"},
     "executor_spec": {"task_spec"},
     "remote_job": {"disk", "errors", "progress", "rundir", "secret_text"},
     "workers": {"errors", "executors", "progress", "remote_job", "rundir"},

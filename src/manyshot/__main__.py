@@ -16,6 +16,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from manyshot.cli import app
     from manyshot.errors import ManyshotError
+    from manyshot.memory import bound_caches
+
+    bound_caches()
 
     try:
         app(standalone_mode=True)

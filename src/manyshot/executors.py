@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from manyshot.errors import WorkerError
+from manyshot.memory import bound_caches
 from manyshot.progress import Event, Progress
 
 Job = TypeVar("Job")
@@ -109,6 +110,7 @@ class ProcessExecutor:
 
 def _begin(start: Callable[[int], None], threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    bound_caches()
     start(threads)
 
 

@@ -13,6 +13,8 @@ GROUPS = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
+# what oneDNN and PyTorch call the number of compiled matrix products that they keep; both are 1024 where nobody says
+KEPT_SHAPES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 # between two looks, in seconds; the kernel's own high-water mark tells of what is shorter, where it rises
 EVERY = 0.02
 
@@ -48,6 +50,16 @@ class PeakMemory:
         if (cuda := _cuda()) is not None:
             found["gpu_memory"] = int(cuda.max_memory_allocated())
         return found
+
+
+def bound_caches(shapes: int = 256) -> None:
+    """Let this process, and those that it starts, keep so many compiled matrix products; before the first is computed.
+
+    On a CPU each product in bfloat16 is compiled for its shape, thus for each length of a batch, and takes about a
+    megabyte in each of two caches: gigabytes over a long run. A training step needs about 50. Results are the same.
+    """
+    for name in KEPT_SHAPES:
+        os.environ.setdefault(name, str(shapes))
 
 
 def resident() -> int | None:
