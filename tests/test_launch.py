@@ -20,11 +20,13 @@ from manyshot.launch_files import MARK
 from manyshot.launch_spec import command_line, read_launch
 from manyshot.local_failure import Attempt, try_local_update
 from manyshot.local_update import LocalUpdateJob, run_local_update
-from manyshot.models import ModelState
+from manyshot.loss_gap import counted_logits
+from manyshot.models import ModelState, Placement, choose_placement, load_model
 from manyshot.process_mark import is_alive
 from manyshot.progress import Event, Progress
 from manyshot.rundir import read_json
 from manyshot.seeding import preserved_random_state
+from manyshot.spread import spread_over
 from manyshot.tasks import load_task
 from run_helpers import Runs, distance, load_tensors, uneven_rows
 
@@ -325,6 +327,26 @@ def test_launch_is_part_of_the_names_of_finished_work_only_where_there_is_one(ru
     names = keyed("local_update", plain.local_update.model_dump(mode="json"))
     assert not names.keys() & {"launcher", "launch"}
     assert keyed("local_update", launched.local_update.model_dump(mode="json"))["launcher"] == "accelerate"
+
+
+def test_models_that_train_in_shards_are_measured_over_all_gpus(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **given: True)
+    gpu = "local_update.device=cuda"
+    assert choose_placement(runs.recipe(gpu, *FSDP).local_update).spread
+    assert not choose_placement(runs.recipe(gpu, *TWO).local_update).spread
+    assert not choose_placement(runs.recipe("local_update.device=cpu", *FSDP).local_update).spread
+
+
+def test_spread_model_computes_as_it_did(base_folder: Path) -> None:
+    state, ids = ModelState(base_folder), torch.arange(12).reshape(2, 6)
+    whole, spread = (load_model(state, Placement("cpu", torch.float32)) for _ in range(2))
+    spread_over(spread, {"cpu": 10**9})  # the only device that there is everywhere
+    assert spread.hf_device_map == {"": torch.device("cpu")} or set(spread.hf_device_map.values()) == {"cpu"}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        ours, theirs = (counted_logits(model, model.get_output_embeddings(), batch)[0] for model in (spread, whole))
+    assert torch.equal(ours, theirs)
 
 
 def test_launch_takes_the_seat_of_more_gpus_than_there_are(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "training_spec": {"task_spec", "trainer_command"},
     "launch_spec": {"errors", "training_spec", "yaml_text"},
     "launch_files": set(),
+    "spread": set(),
     "quantized": {"errors", "models", "training_spec"},
     "launcher": {"errors", "launch_files", "launch_spec", "process_mark", "progress", "rundir", "training_spec"},
     "launched": {"launch_files", "launched_update", "process_mark", "progress", "rundir"},
@@ -164,7 +165,10 @@ ALLOWED: dict[str, set[str]] = {
     "examples": {"data_files", "errors", "task_spec"},
     "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources", "task_spec"},
     "metrics": {"demo", "errors", "examples"},
-    "models": {"remote_code", "errors", "recipe", "rundir", "seeding", "task_vector", "tensor_writer", "tensors"},
+    "models": {
+        *{"remote_code", "errors", "launch_spec", "recipe", "rundir", "seeding", "spread", "task_vector"},
+        *{"tensor_writer", "tensors"},
+    },
     "base_model": {"errors", "folder_links", "models", "remote_code", "rundir", "tensors"},
     "gap_weights": {"errors", "operators"},
     "loss_gap": {"errors", "tasks"},
@@ -172,7 +176,9 @@ ALLOWED: dict[str, set[str]] = {
     "local_update": {
         *{"launcher", "quantized"},
         *{
+            "command_update",
             "errors",
+            "examples",
             "loss_gap",
             "manifest",
             "models",
@@ -181,16 +187,14 @@ ALLOWED: dict[str, set[str]] = {
             "progress",
             "recipe",
             "rundir",
-            "command_update",
             "seeding",
-            "examples",
             "start_adapters",
             "tasks",
             "tensors",
             "tracker_backends",
             "trackers",
             "trainer",
-        }
+        },
     },
     "normalize": set(),
     "evaluate": {
@@ -385,6 +389,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runner": {
         *{"check_merged", "disk", "errors", "executors", "inputs", "manifest", "models", "process_mark", "progress"},
+        "trainer_command",
         *{"recipe", "report_command", "rounds", "run_identity", "run_lock", "rundir", "seeding", "steps", "trackers"},
         *{"executor_choice", "removed", "steps_extend", "workload"},
     },
@@ -396,7 +401,6 @@ ALLOWED: dict[str, set[str]] = {
     "harness_data": {"data_files", "errors", "metrics", "recipe", "tasks"},
     "harness": {"errors", "harness_data", "harness_tasks", "hub", "seeding"},
     "eval_model": {
-        "trainer_command",
         "removed",
         *{"base_model", "errors", "local_update", "misshapen", "models", "peft_adapter", "recipe_file", "rundir"},
         *{"start_adapters", "task_vector", "tensors"},
@@ -475,7 +479,7 @@ DOORS: dict[str, set[str]] = {
     "datasets": {"data_files", "harness", "hub", "models", "trainer"},
     "lm_eval": {"harness"},
     "nltk": {"harness"},
-    "accelerate": {"launcher"},
+    "accelerate": {"launcher", "spread"},
     "bitsandbytes": {"quantized"},
     "tokenizers": set(),
     "huggingface_hub": {"base_model", "hub", "cli_runs", "push"},

@@ -59,7 +59,7 @@ def update_on_ranks(text: str, progress: Progress, rank: int, ranks: int) -> Non
         examples = training_examples(job, tokenizer)
         with progress.timed("load", job.round_index, job.task.name):
             # accelerate takes it from there to the ranks' devices, whole or in shards
-            model = start_model(job, replace(placement, device="cpu"))
+            model = start_model(job, replace(placement, device="cpu", spread=False))
         trainer = train(model, tokenizer, examples, job, placement, progress, ranks)
         _check_sharded(trainer, job)
         record = make_record(job, examples, trainer.finite_losses(job.where))

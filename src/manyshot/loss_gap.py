@@ -64,7 +64,8 @@ def counted_logits(
     counted_BL = batch["labels"][:, 1:] != IGNORED
 
     def keep_counted(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][:, :-1][counted_BL][None], *inputs[1:])
+        states = inputs[0]  # on the head's device, or that of the layer before, where a model is spread over several
+        return (states[:, :-1][counted_BL.to(states.device)][None], *inputs[1:])
 
     handle = head.register_forward_pre_hook(keep_counted)
     try:

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyshot.errors import ManyshotError, ModelError, suggestion
+from manyshot.launch_spec import read_launch
 from manyshot.recipe import LocalUpdate, Recipe
 from manyshot.remote_code import consented
 from manyshot.rundir import atomic_folder, write_json
 from manyshot.seeding import make_generator
+from manyshot.spread import move_to
 from manyshot.task_vector import ADAPTER_WEIGHTS_NAME, FACTORS_NAME, AdapterFactors, StoredTaskVector
 from manyshot.tensor_writer import write_tensors
 from manyshot.tensors import Checkpoint, file_digest
@@ -58,6 +60,7 @@ class Placement:
     device: str
     dtype: torch.dtype
     attention: str | None = None  # transformers' own choice
+    spread: bool = False  # over all GPUs, as what trains in shards is too large for one
 
     @property
     def text(self) -> str:
@@ -71,10 +74,10 @@ def choose_placement(update: LocalUpdate) -> Placement:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     _check_device(device)
-    if update.dtype != "auto":
-        return Placement(device, getattr(torch, update.dtype), update.attn_implementation)
     good = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Placement(device, torch.bfloat16 if good else torch.float32, update.attn_implementation)
+    dtype = getattr(torch, update.dtype) if update.dtype != "auto" else torch.bfloat16 if good else torch.float32
+    sharded = device == "cuda" and update.launcher == "accelerate" and bool(read_launch(update).sharding)
+    return Placement(device, dtype, update.attn_implementation, sharded)
 
 
 def _check_device(device: str) -> None:
@@ -149,9 +152,9 @@ def load_model(state: ModelState, placement: Placement) -> PreTrainedModel:
     model = _from_pretrained(folder, placement, state.trust_remote_code)
     if state.full is None and (state.task_vector is not None or state.start_adapter is not None):
         _add_to_weights(model, state)
-    model.to(placement.device)
+    move_to(model, placement.device, spread=placement.spread)
     if state.adapter is not None:
-        _attach_trained(model, state.adapter)
+        model.load_adapter(str(state.adapter), adapter_name=ADAPTER, low_cpu_mem_usage=False)
     return model.eval()
 
 
@@ -209,10 +212,6 @@ def find_parameter(model: torch.nn.Module, name: str) -> torch.nn.Parameter:
         raise ModelError(
             f"tensor '{name}' of the checkpoint has no parameter of that name in {type(model).__name__}"
         ) from None
-
-
-def _attach_trained(model: PreTrainedModel, adapter: Path) -> None:
-    model.load_adapter(str(adapter), adapter_name=ADAPTER, low_cpu_mem_usage=False)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
