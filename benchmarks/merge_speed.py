@@ -48,7 +48,7 @@ def command(arguments: list[str], output: Path) -> tuple[float, float]:
 
 
 def ours(base: Path, models: list[Path], operator: str, output: Path, *flags: str) -> list[str]:
-    weights = ["--weights", ",".join("1" for _ in models)] if operator == "metis" else []
+    weights = ["--preset", "paper", "--weights", ",".join("1" for _ in models)] if operator == "metis" else []
     return [*OURS, "--base", str(base), "--operator", operator, *weights, *flags, *map(str, models), "-o", str(output)]
 
 

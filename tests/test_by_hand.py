@@ -39,6 +39,7 @@ def by_hand_mapping(base: Path) -> dict[str, Any]:
         "model": str(base),
         "tasks": {name: {"data": "elsewhere"} for name in LOSSES},
         "protocol": {"rounds": 2, "local_steps": 4},
+        "preset": "paper",
         "operator": {"name": "metis", "temperature": 2.0, "mask": False},
     }
 
