@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": {"memory", "rundir", "secret_text"},
     "executors": {"errors", "memory", "progress"},
     "executor_spec": {"task_spec"},
-    "remote_job": {"disk", "errors", "progress", "rundir", "secret_text"},
+    "remote_job": {"disk", "errors", "memory", "progress", "rundir", "secret_text"},
     "workers": {"errors", "executors", "progress", "remote_job", "rundir"},
     "executor_choice": {
         *{"engine", "errors", "executor_spec", "executors", "inputs", "inspect_recipe", "memory", "models", "progress"},

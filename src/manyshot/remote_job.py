@@ -19,6 +19,7 @@ from typing import IO, Any, Generic, TypeVar
 
 from manyshot.disk import DISK_ERRORS
 from manyshot.errors import ManyshotError, WorkerError
+from manyshot.memory import bound_caches
 from manyshot.progress import Event, Progress
 from manyshot.rundir import PARTIAL, remove
 from manyshot.secret_text import redacted
@@ -70,6 +71,7 @@ def run_job(function: Callable[[Job, Progress], Result], job: Job, label: str, p
     place.log.parent.mkdir(parents=True, exist_ok=True)
     with printed_to(place.log), open(place.told, "a", encoding="utf-8") as told:
         try:
+            bound_caches()
             _use_threads(place.threads)
             outcome = Outcome(function(job, _Telling(told)))
         except (ManyshotError, *DISK_ERRORS) as error:
