@@ -36,6 +36,7 @@ LOSSES = {"north": (2.0, 1.0), "south": (1.5, 1.25)}
 
 def by_hand_mapping(base: Path) -> dict[str, Any]:
     return {
+        "preset": "paper",
         "model": str(base),
         "tasks": {name: {"data": "elsewhere"} for name in LOSSES},
         "protocol": {"rounds": 2, "local_steps": 4},
@@ -229,6 +230,7 @@ def test_merge_by_hand_goes_on_without_a_task_and_takes_it_again_in_the_next_rou
 ) -> None:
     mapping = by_hand_mapping(base_folder)
     mapping["tasks"]["west"] = {"data": "elsewhere"}
+    mapping["operator"]["gap"] = "relative"
     run = tmp_path / "run"
     start(recipe_from_mapping(mapping), run)
     for seed, name in enumerate(LOSSES):
@@ -238,7 +240,15 @@ def test_merge_by_hand_goes_on_without_a_task_and_takes_it_again_in_the_next_rou
     assert read_json(run / "round_001" / "DONE.json")["skipped"] == {"west": "round 1, task 'west': nothing was sent"}
     for seed, name in enumerate((*LOSSES, "west")):
         send(run, name, adapter(tmp_path / f"{name}_2", 10 + seed), (1.0, 0.5))
-    assert merge(run)["weights"].keys() == {"north", "south", "west"}
+    with pytest.raises(MergeError, match="task 'west': it was not in round 1"):
+        merge(run)
+    add(run, Sent("west", tmp_path / "west_2", 1.0, 0.5, loss_pretrained=1.5), replace=True)
+    found = merge(run)
+    assert found["weights"].keys() == {"north", "south", "west"}
+    # what they lack of what their experts gained
+    gaps = [(1.0 - 0.5) / (pretrained - 0.5) for pretrained in (2.0, 1.5, 1.5)]
+    shares = np.exp(np.array(gaps) / 2.0)
+    assert list(found["weights"].values()) == pytest.approx((shares / shares.sum()).tolist())
 
 
 def test_merge_by_hand_that_was_interrupted_is_made_anew_of_what_was_sent_since(
@@ -296,6 +306,7 @@ def test_run_refuses_a_task_whose_data_is_elsewhere(recipe: Recipe) -> None:
         load_task(recipe, "north")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for a property by its old name
 def test_example_of_two_teams_gets_better_round_by_round(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def test_command_may_leave_a_folder_or_a_whole_model(make_call: MakeCall, mishap
     assert (call.folder / kept / "config.json").exists() == (kept == "model")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for a property by its old name
 def test_example_trainer_learns_its_task(
     make_call: MakeCall, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ class Sent:
     loss_merged: float
     loss_expert: float
     steps: int | None = None  # that it took; the recipe's where it does not say
+    loss_pretrained: float | None = None  # of Θ⁰, where that is not the model of its first round
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ def add(path: Path, sent: Sent, *, replace: bool = False, listener: Listener | N
         round_index = current_round(run)
         losses = {"loss_merged": check_loss(sent.loss_merged, "--loss-merged", sent.task)}
         losses["loss_expert"] = check_loss(sent.loss_expert, "--loss-expert", sent.task)
+        if sent.loss_pretrained is not None:
+            losses["loss_pretrained"] = check_loss(sent.loss_pretrained, "--loss-pretrained", sent.task)
         where = f"round {round_index}, task '{sent.task}'"
         if not sent.folder.is_dir():
             raise ModelError(f"{where}: no such folder: {sent.folder}")
@@ -230,6 +233,8 @@ def _take(run: Run, sent: Sent, found: Path, round_index: int, names: Mapping[st
         "start": {"loss": sent.loss_merged},
         "validation": {"loss": sent.loss_expert},
     }
+    if sent.loss_pretrained is not None:
+        record["pretrained"] = {"loss": sent.loss_pretrained}
     write_json(folder / RECORD, record)
     seal(folder, "local update", files_in(folder / "adapter", folder / "model", folder / RECORD))
 

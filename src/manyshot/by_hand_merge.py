@@ -127,19 +127,21 @@ def _merge(run: Run, round_index: int) -> Json:
 
 
 def pretrained_losses(run: Run, experts: Sequence[Expert]) -> Json:
-    """L_τ(Θ⁰), which round 1 began with. Only relative gaps look at it; there a task must have been in round 1."""
+    """L_τ(Θ⁰): what round 1 began with, or what a team that came later has told. Only relative gaps look at it."""
     found = {}
     for expert in experts:
-        first = run.folder.local_update(1, expert.task) / RECORD
-        if first.exists():
-            found[expert.task] = read_json(first)["start"]
-        elif getattr(run.recipe.method, "gap", "absolute") == "relative":
+        places = [run.folder.local_update(r, expert.task) / RECORD for r in range(1, expert.record["round"] + 1)]
+        told = [
+            read_json(place)["pretrained"] for place in places if place.exists() and "pretrained" in read_json(place)
+        ]
+        if places[0].exists():
+            told.append(read_json(places[0])["start"])
+        if not told and getattr(run.recipe.method, "gap", "absolute") == "relative":
             raise MergeError(
                 f"task '{expert.task}': it was not in round 1, so the pretrained model's loss on it is not known, and "
-                "operator.gap: relative needs it; use another gap"
+                "operator.gap: relative needs it; send it again with --loss-pretrained"
             )
-        else:
-            found[expert.task] = expert.record["start"]
+        found[expert.task] = told[0] if told else expert.record["start"]
     return found
 
 

@@ -46,6 +46,9 @@ def add(
     ],
     loss_merged: Annotated[float, typer.Option("--loss-merged", help="Its validation loss of the round's model.")],
     loss_expert: Annotated[float, typer.Option("--loss-expert", help="Its validation loss of what it trained.")],
+    loss_pretrained: Annotated[
+        float | None, typer.Option("--loss-pretrained", help="Of the pretrained model, if it was not in round 1.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps taken (default: the recipe's).")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of what was sent before.")] = False,
     as_json: Json = False,
@@ -54,7 +57,7 @@ def add(
     from manyshot.by_hand import Sent
     from manyshot.by_hand import add as take
 
-    sent = Sent(task, folder, loss_merged, loss_expert, steps)
+    sent = Sent(task, folder, loss_merged, loss_expert, steps, loss_pretrained)
     told = take(run_folder, sent, replace=replace, listener=_listener(as_json))
     print(json.dumps({"task": task, "told": told}) if as_json else told)
 
