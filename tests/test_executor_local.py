@@ -11,7 +11,7 @@ import pytest
 from executor_jobs import Named, die, die_once, fail_on_one, look, meet
 from manyshot import executor_choice
 from manyshot.errors import RecipeError, WorkerError
-from manyshot.executor_choice import check_memory, make_pins, threads_of
+from manyshot.executor_choice import check_memory, make_pins, open_executor, threads_of
 from manyshot.inputs import check_inputs
 from manyshot.progress import Event, Progress
 from manyshot.remote_job import LOGS, TOLD
@@ -160,6 +160,16 @@ def test_workers_that_memory_does_not_hold_are_refused_with_both_numbers(
         check_memory(recipe, inputs, pins)
     monkeypatch.setattr(executor_choice, "available", lambda: None)
     check_memory(recipe, inputs, pins)
+
+
+def test_ray_tasks_without_gpus_that_compute_on_one_are_refused(runs: Runs, tmp_path: Path) -> None:
+    recipe = runs.recipe("executor=ray", "local_update.device=cuda")
+    inputs = check_inputs(runs.recipe())
+    with (
+        pytest.raises(RecipeError, match=r"executor\.num_gpus: 0 hides GPUs from tasks, and .*device is cuda; use 1"),
+        open_executor(recipe, tmp_path, inputs, Progress()),
+    ):
+        pass
 
 
 def test_executor_is_a_name_or_a_section_and_may_be_another_when_a_run_goes_on(runs: Runs) -> None:

@@ -52,6 +52,9 @@ def open_executor(recipe: Recipe, folder: Path, inputs: Inputs, progress: Progre
     """The executor of a run in `folder`. Raises RecipeError or WorkerError for what this machine does not have."""
     spec = recipe.executor
     if isinstance(spec, RayExecution):
+        if spec.num_gpus == 0 and recipe.local_update.device.startswith("cuda"):
+            device = recipe.local_update.device
+            raise RecipeError(f"executor.num_gpus: 0 hides GPUs from tasks, and local_update.device is {device}; use 1")
         from manyshot.ray_executor import open_ray
 
         with open_ray(spec, folder, paths_of(recipe, inputs), threads_of(recipe), progress) as ray:

@@ -78,14 +78,13 @@ def run(
         check_trackers(recipe.trackers)
         if recipe.local_update.command is not None:
             check_command(recipe.local_update.command)
-        inputs = check_inputs(recipe)
-        if force and not resume:
-            clear(output)  # only now that everything else is known to be fine
-        check_space(recipe, folder, inputs)
-        progress = Progress(listener)
+        inputs, progress = check_inputs(recipe), Progress(listener)
         if executor is None:
             stack.enter_context(computing_threads(recipe))
             executor = stack.enter_context(open_executor(recipe, output, inputs, progress))
+        if force and not resume:
+            clear(output)  # only now that everything else is known to be fine
+        check_space(recipe, folder, inputs)
         for line in describe(recipe, folder, inputs, command):
             progress.message(f"since the run was last here: {line}")
         if left := finish_removing(output):
