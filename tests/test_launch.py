@@ -24,10 +24,13 @@ from manyshot.loss_gap import counted_logits
 from manyshot.models import ModelState, Placement, choose_placement, load_model
 from manyshot.process_mark import is_alive
 from manyshot.progress import Event, Progress
-from manyshot.rundir import read_json
+from manyshot.recipe_file import to_yaml
+from manyshot.run_identity import as_begun, differences, may_change, recipe_of
+from manyshot.rundir import RunFolder, read_json, write_text
 from manyshot.seeding import preserved_random_state
 from manyshot.spread import spread_over
 from manyshot.tasks import load_task
+from manyshot.yaml_text import read_yaml
 from run_helpers import Runs, distance, load_tensors, uneven_rows
 
 HERE = Path(__file__).parent
@@ -329,6 +332,16 @@ def test_launch_is_part_of_the_names_of_finished_work_only_where_there_is_one(ru
     names = keyed("local_update", plain.local_update.model_dump(mode="json"))
     assert not names.keys() & {"launcher", "launch"}
     assert keyed("local_update", launched.local_update.model_dump(mode="json"))["launcher"] == "accelerate"
+
+
+def test_launch_may_be_another_when_a_run_goes_on(runs: Runs, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_text(folder.recipe, to_yaml(runs.recipe()))
+    assert as_begun(runs.recipe(*TWO), folder) == runs.recipe()
+    changed = differences(recipe_of(folder), read_yaml(to_yaml(runs.recipe(*TWO))))
+    assert changed and all(may_change(line) for line in changed)
+    rounded = differences(recipe_of(folder), read_yaml(to_yaml(runs.recipe("local_update.quantization=4bit"))))
+    assert [may_change(line) for line in rounded] == [False]
 
 
 def test_models_that_train_in_shards_are_measured_over_all_gpus(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
