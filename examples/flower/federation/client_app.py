@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from federation.data import find_model, make_examples
+from federation.settings import settings_of
 from manyshot.flower import add_start, expert_reply
 
 IGNORED = -100
@@ -19,7 +20,8 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Fine-tune from Θʳ⁻¹ and send the expert, with L(Θʳ⁻¹) and L(θ) on the client's validation data."""
-    settings, task = context.run_config, task_of(context)
+    settings = settings_of(context)
+    task = task_of(context, settings)
     model, tokenizer = load(message, settings)
     validation = batch(tokenizer, make_examples(task, settings["examples"], "validation"))
     start_loss = loss_of(model, validation)
@@ -44,17 +46,18 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the merged model on the client's test data."""
-    settings, task = context.run_config, task_of(context)
+    settings = settings_of(context)
+    task = task_of(context, settings)
     model, tokenizer = load(message, settings)
     test = batch(tokenizer, make_examples(task, settings["examples"], "test"))
     metrics = MetricRecord({"loss": loss_of(model, test), "num-examples": settings["examples"]})
     return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
 
 
-def task_of(context: Context) -> str:
+def task_of(context: Context, settings: dict) -> str:
     """The client's task: its node configuration says it, or, in a simulation, the partition that it is given."""
     named = context.node_config.get("task")
-    return named or context.run_config["tasks"].split(",")[context.node_config["partition-id"]]
+    return named or settings["tasks"].split(",")[context.node_config["partition-id"]]
 
 
 def load(message: Message, settings: dict) -> tuple:

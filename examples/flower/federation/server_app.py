@@ -4,6 +4,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from federation.data import find_model
+from federation.settings import settings_of
 from manyshot.flower import ManyShot
 
 app = ServerApp()
@@ -12,7 +13,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds; the merged model is in `merged/` of the output folder then."""
-    settings = context.run_config
+    settings = settings_of(context)
     operator = {"name": settings["operator"]}
     if settings["operator"] == "metis":
         operator["temperature"] = settings["temperature"]
