@@ -326,9 +326,10 @@ def test_federation_refuses_a_folder_in_use_a_round_too_many_and_an_empty_export
     run = begin(base, rounds=1)
     with pytest.raises(RunFolderError, match="no round has been merged yet"):
         run.export()
+    run = begin(base, rounds=1)  # nothing but the recipe is there yet
+    run.merge_round([adapter_of(tmp_path / "sent", task) for task in TASKS])
     with pytest.raises(RunFolderError, match="is there already and not empty"):
         begin(base)
-    run.merge_round([adapter_of(tmp_path / "sent", task) for task in TASKS])
     with pytest.raises(ManyshotError, match="round 2 of 1: the run has had all its rounds"):
         run.merge_round([])
 

@@ -78,9 +78,10 @@ class FederatedRun:
 
     def __init__(self, recipe: FederatedRecipe, output: Path) -> None:
         """Find the pretrained model and begin the folder. Raises ModelError, or RunFolderError for one in use."""
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RunFolderError(f"{output}: is there already and not empty; choose another folder, or remove it")
         self.recipe, self.folder = recipe, RunFolder(output)
+        # a start that failed before the first round has left the recipe alone
+        if output.exists() and (not output.is_dir() or {*output.iterdir()} - {self.folder.recipe}):
+            raise RunFolderError(f"{output}: is there already and not empty; choose another folder, or remove it")
         self.base = find_base_model(recipe.model)
         self.pretrained = Checkpoint(self.base.path)
         refuse_quantized(self.base.path, self.pretrained, "the pretrained model")
