@@ -1,4 +1,4 @@
-"""The section `keep` of a recipe: what of its earlier rounds a run leaves on disk. It decides nothing of the results."""
+"""The section `keep` of a recipe: what a run leaves of its rounds on disk. It decides nothing of the results."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _expert_places(run: Run, round_index: int) -> Iterator[Path]:
 
 
 def _kept(run: Run, round_index: int) -> set[Path]:
-    """What the next round goes on from; with `last` also the round's own experts, and what their adapters began from."""
+    """What the next round goes on from; with `last` also the round's experts, and what their adapters began from."""
     follows = round_index < run.recipe.protocol.rounds or run.goes_on
     last = run.recipe.keep.adapters == "last"
     found = _starts(run, round_index + 1) if follows or last else set()
