@@ -115,6 +115,23 @@ def test_records_of_another_shape_are_shown_or_named_by_whatever_reads_them(
         plan_upload(run, "me/model", private=True)
 
 
+@pytest.mark.parametrize("kind", ["folder", "loop", "pipe"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "round_001/losses.json", "experts/math/scores.json"])
+def test_records_that_are_no_files_are_refused_and_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    run = FakeRun(tmp_path / "run", ["math"], rounds=1).write()
+    file = run / name
+    file.unlink()
+    {"folder": file.mkdir, "loop": lambda: file.symlink_to(file.name), "pipe": lambda: os.mkfifo(file)}[kind]()
+    refused = 0
+    for read in READERS[:3]:
+        try:
+            read(run)
+        except ManyshotError as error:
+            assert str(run) in str(error)
+            refused += 1
+    assert refused == 3 or name != "recipe.yaml"  # what else cannot be read, a report names
+
+
 def test_metrics_of_another_shape_are_named(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", ["a", "b"], rounds=1).write()
     lines = [{"kind": kind, "time": 1.0} for kind in ("begin", "start", "phase", "advance", "plan")]

@@ -146,7 +146,7 @@ ALLOWED: dict[str, set[str]] = {
     "flower": {"base_model", "errors", "federated", "federated_client", "federated_recipe", "recipe_file"},
     "starter": {"errors", "executor_spec", "keep_spec", "operators", "presets", "recipe", "tracker_spec"},
     "status": {"yaml_text", "errors", "misshapen", "rundir", "segments", "task_spec"},
-    "live_metrics": set(),
+    "live_metrics": {"rundir"},
     "live_estimate": {"live_metrics", "status"},
     "live_state": {
         *{"errors", "live_estimate", "live_metrics", "misshapen", "process_mark", "progress", "rundir", "status"},

@@ -321,6 +321,18 @@ def test_the_traceback_of_a_failed_training_holds_no_secret(tmp_path: Path, monk
     assert WORD not in kept + str(caught.value) and TOKEN not in kept + str(caught.value)
 
 
+def test_an_error_of_the_system_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "missing" / "recipe.yaml"
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # the tests keep their own
+    monkeypatch.setattr(sys, "argv", ["manyshot", "init", str(place)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"manyshot: error: {place}: No such file or directory\n"
+
+
 def test_an_error_with_a_secret_is_printed_without_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,11 @@ def main() -> None:
         # whoever read our output has gone: nothing left to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"manyshot: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

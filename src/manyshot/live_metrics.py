@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from manyshot.rundir import require_regular
+
 Line = dict[str, Any]
 
 
@@ -22,6 +24,7 @@ class MetricsTail:
 
     def read(self) -> list[Line]:
         """All complete lines so far. A file that was replaced (--force) is read from its start."""
+        require_regular(self.path)
         try:
             with open(self.path, "rb") as stream:
                 status = self.path.stat()

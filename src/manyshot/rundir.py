@@ -6,10 +6,12 @@ written after the files it speaks of. So a run killed at any moment resumes from
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,8 +183,21 @@ def content_key(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is there and is no file: a folder, a link to itself, a pipe, which would be waited for for ever."""
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) != errno.ELOOP:
+            return  # reading says it
+        regular = False
+    if not regular:
+        raise RunFolderError(f"{path}: is no regular file; remove it to redo the step that writes it")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a damaged file is an error that names it."""
+    require_regular(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -236,6 +251,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines, leaving out a line that a crash cut off."""
+    require_regular(path)
     if not path.exists():
         return []
     values = []

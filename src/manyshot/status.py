@@ -13,7 +13,7 @@ import yaml
 
 from manyshot.errors import RunFolderError
 from manyshot.misshapen import misshapen
-from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines
+from manyshot.rundir import FAILURE, RunFolder, read_json, read_lines, require_regular
 from manyshot.segments import first_rounds
 from manyshot.task_spec import ELSEWHERE
 from manyshot.yaml_text import read_yaml
@@ -60,6 +60,7 @@ def read_outline(folder: RunFolder) -> Outline:
     """The outline of the run in a folder. Raises RunFolderError where it holds none, or a damaged recipe."""
     if not folder.recipe.exists():
         raise RunFolderError(f"{folder.path}: holds no run (no recipe.yaml)")
+    require_regular(folder.recipe)
     try:
         recipe = read_yaml(folder.recipe.read_text("utf-8"))
         evaluation = {"experts": True, "post_hoc": False} | recipe["evaluation"]
