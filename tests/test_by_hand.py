@@ -40,7 +40,6 @@ def by_hand_mapping(base: Path) -> dict[str, Any]:
         "model": str(base),
         "tasks": {name: {"data": "elsewhere"} for name in LOSSES},
         "protocol": {"rounds": 2, "local_steps": 4},
-        "preset": "paper",
         "operator": {"name": "metis", "temperature": 2.0, "mask": False},
     }
 
@@ -346,3 +345,24 @@ def test_round_commands_tell_people_and_programs(one: Path, capsys: pytest.Captu
     assert (shown.exit_code, "south: nothing yet (2 steps)" in shown.output) == (0, True)
     told = json.loads(runner.invoke(app, ["round", "status", str(one), "--json"]).output)
     assert told["missing"] == ["south"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("start", {"--json"}),
+        ("add", {"--loss-merged", "--loss-expert", "--loss-pretrained", "--steps", "--replace", "--json"}),
+        ("merge", {"--without", "--json"}),
+        ("finish", {"--json"}),
+        ("status", {"--json"}),
+    ],
+)
+def test_help_of_every_round_command_lists_its_options(command: str, options: set[str]) -> None:
+    from typer.testing import CliRunner
+
+    from manyshot.cli import app
+
+    shown = CliRunner().invoke(app, ["round", command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert shown.exit_code == 0
+    found = {word.strip(",.;") for word in shown.output.split() if word.startswith("--")}
+    assert found - {"--help"} == options
