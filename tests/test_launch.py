@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -318,13 +319,17 @@ def test_launch_is_checked_before_a_run_begins(launch: str, message: str, runs: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("local_update.launch={num_processes: 2}", "launch is for launcher: accelerate"),
-        ("local_update.time_limit=3", "time_limit is for method: command and launcher: accelerate"),
+        ("launch={num_processes: 2}", "launch is for launcher: accelerate"),
+        ("time_limit=3", "time_limit is for method: command and launcher: accelerate"),
+        ("method=command launch={num_processes: 2}", "launch is for launcher: accelerate"),
+        ("method=command launcher=accelerate", "a command starts its processes itself"),
     ],
 )
 def test_recipe_without_a_launcher_has_nothing_to_launch(override: str, message: str, runs: Runs) -> None:
+    command = "local_update.command='x {start} {output}'"
+    given = [f"local_update.{one}" for one in re.split(" (?=l)", override)]
     with pytest.raises(RecipeError, match=message):
-        runs.recipe(override)
+        runs.recipe(*given, *([command] if "command" in override else []))
 
 
 def test_launch_is_part_of_the_names_of_finished_work_only_where_there_is_one(runs: Runs) -> None:

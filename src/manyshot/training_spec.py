@@ -56,6 +56,7 @@ BY_COMMAND = {
     "trainer": "are arguments of the trainer here; a command has its own",
     "quantization": "is for training here; a command decides what it trains on",
     "launcher": "is for training here; a command starts its processes itself",
+    "launch": "is for launcher: accelerate",
 }
 
 
