@@ -118,7 +118,7 @@ def _operator_sections() -> Iterable[str]:
 def parameter_table(kind: type[Operator]) -> str:
     """An operator's settings: default, range, whether one per round, meaning."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    rows, preset = [], filled_in("operator") if kind.name == OPERATOR else {}
+    rows, preset = [], filled_in("operator") if kind is BUILT_IN[OPERATOR] else {}
     for field in dataclasses.fields(kind):
         if field.name == "name":
             continue

@@ -40,7 +40,7 @@ def filled(section: str, preset: str = "default") -> Json:
     return {key: value for fill in PRESETS[preset] if fill.section == section for key, value in fill.values.items()}
 
 
-DEFAULT = {"operator": Metis(**filled("operator")), "merge": Merge(**filled("merge"))}
+DEFAULT, DEFAULT_MERGE = Metis(**filled("operator")), Merge(**filled("merge"))
 
 
 def make(*overrides: str, **raw: Any) -> Recipe:
@@ -71,7 +71,7 @@ def test_presets_fill_in_settings_that_there_are_with_other_values_than_declared
 @pytest.mark.parametrize("raw", [{}, {"operator": "metis"}, {"operator": {"name": "metis"}}, {"preset": None}], ids=str)
 def test_preset_of_metis_without_further_keys_is_the_default(raw: Json) -> None:
     recipe = make(**raw)
-    assert {"operator": recipe.method, "merge": recipe.merge} == DEFAULT
+    assert (recipe.method, recipe.merge) == (DEFAULT, DEFAULT_MERGE)
     assert recipe.local_update == LocalUpdate(**filled("local_update"))
 
 
@@ -105,7 +105,7 @@ def test_preset_that_there_is_not_is_refused_with_what_there_is(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("operator", "expected"),
     [
-        ({"gap": "absolute"}, {"mask": DEFAULT["operator"].mask}),  # λ is in the gaps' unit
+        ({"gap": "absolute"}, {"mask": DEFAULT.mask}),  # λ is in the gaps' unit
         ({"temperature": 3.0}, {"temperature": 3.0}),
         ({"temperature": "auto"}, {"temperature": "auto"}),
         ({"mask_threshold": 0.1}, {"mask": True, "mask_threshold": 0.1}),
@@ -133,7 +133,7 @@ def test_preset_leaves_alone_what_the_operator_says_and_what_goes_with_it(operat
 def test_preset_leaves_alone_a_merge_of_another_form(merge: Json) -> None:
     recipe = make(merge=merge)
     assert recipe.merge == Merge(**merge)
-    assert recipe.method == DEFAULT["operator"]
+    assert recipe.method == DEFAULT
 
 
 def test_preset_fills_in_the_rest_of_its_own_form_of_merge() -> None:
@@ -143,12 +143,12 @@ def test_preset_fills_in_the_rest_of_its_own_form_of_merge() -> None:
 
 def test_preset_of_one_round_merges_plainly() -> None:
     recipe = make("protocol.rounds=1")
-    assert (recipe.method, recipe.merge) == (DEFAULT["operator"], PLAIN)
+    assert (recipe.method, recipe.merge) == (DEFAULT, PLAIN)
 
 
 def test_preset_with_an_override_of_the_mask_has_a_mask() -> None:
     assert make(overrides={"*.mlp.*": {"mask_threshold": 0.1}}).method.mask is True  # type: ignore[attr-defined]
-    assert make(overrides={"*": {"name": "consensus_ta", "mask_threshold": 0.1}}).method == DEFAULT["operator"]
+    assert make(overrides={"*": {"name": "consensus_ta", "mask_threshold": 0.1}}).method == DEFAULT
 
 
 def test_preset_of_local_updates_is_for_adapters_that_are_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_compare_has_a_preset_for_all_and_one_for_each_method() -> None:
     }
     recipe = compare_with(**methods)
     mine, theirs, mean = (recipe.own(name) for name in methods)
-    assert (mine.operator, mine.merge) == (DEFAULT["operator"], DEFAULT["merge"])
+    assert (mine.operator, mine.merge) == (DEFAULT, DEFAULT_MERGE)
     assert (theirs.operator, theirs.merge) == (Metis(), PLAIN)
     assert (mean.operator, mean.merge) == (Mean(), PLAIN)
     assert compare_with("preset=paper", **methods).own("mine") == theirs
@@ -242,7 +242,7 @@ def test_compare_merges_once_without_momentum_and_a_grid_counts_as_said() -> Non
     own = recipe.own("mine")
     assert own.operator == Metis(**(filled("operator") | {"mask": True}))
     runs = {shot: recipe.run_recipe("m", ("a", "b"), 0, own, shot).merge for shot in ("post_hoc", "many_shot")}
-    assert runs["many_shot"] == DEFAULT["merge"]
+    assert runs["many_shot"] == DEFAULT_MERGE
     assert differences(PLAIN.model_dump(), runs["post_hoc"].model_dump()) == ["reference: pretrained -> start"]
     assert recipe.own("post").merge == PLAIN
     around = compare_recipe_from_mapping(
@@ -258,16 +258,16 @@ def test_search_fills_in_what_it_does_not_search_for() -> None:
         return tune_recipe_from_mapping(RAW | {"search": search})
 
     recipe = searched("all", "operator.temperature")
-    assert (recipe.method, recipe.merge) == (DEFAULT["operator"], DEFAULT["merge"])
-    assert recipe.trial_recipe.merge == DEFAULT["merge"]
-    assert searched("all", "merge.outer_momentum").merge == DEFAULT["merge"]
+    assert (recipe.method, recipe.merge) == (DEFAULT, DEFAULT_MERGE)
+    assert recipe.trial_recipe.merge == DEFAULT_MERGE
+    assert searched("all", "merge.outer_momentum").merge == DEFAULT_MERGE
     masked = searched("post_hoc", "operator.mask_threshold")
     assert (masked.method.mask, masked.merge) == (True, PLAIN)
 
 
 def test_merge_recipe_takes_the_operators_part() -> None:
     raw = {"base": "some/base", "experts": {"a": {"path": "x", "weight": 1}, "b": {"path": "y", "weight": 1}}}
-    assert merge_recipe_from_mapping(raw | {"operator": "metis"}).method == DEFAULT["operator"]
+    assert merge_recipe_from_mapping(raw | {"operator": "metis"}).method == DEFAULT
     assert merge_recipe_from_mapping(raw | {"operator": "metis", "preset": "paper"}).method == Metis()
     assert merge_recipe_from_mapping(raw).method.name == "task_arithmetic"
 
