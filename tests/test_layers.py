@@ -493,6 +493,7 @@ DOORS: dict[str, set[str]] = {
         "compare_spec",
         "executor_spec",
         "federated_recipe",
+        "keep_spec",
         "launched_update",
         "launcher",
         "merge_recipe",
