@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,11 +86,7 @@ def run(
         if force and not resume:
             clear(output)  # only now that everything else is known to be fine
         check_space(recipe, folder, inputs)
-        for line in describe(recipe, folder, inputs, command):
-            progress.message(f"since the run was last here: {line}")
-        if left := finish_removing(output):
-            progress.message(f"removed, as keep says: {', '.join(left)}")
-        check_files(output, progress.message, repair=repair, how="--resume --repair")
+        check_left(output, progress, describe(recipe, folder, inputs, command), repair=repair)
         progress.metrics = folder.metrics
         progress.record("begin", began=round(began, 3), resumed=resume, process=process_mark())
         progress.record("plan", **workload(recipe, inputs.tasks, inputs.mean_tokens), at_once=executor.at_once)
@@ -114,6 +111,15 @@ def run(
         progress.record("end")
         report(output, progress)
         return RunResult(output, folder.merged, scores, phase_seconds(folder))
+
+
+def check_left(output: Path, progress: Progress, differing: Sequence[str], *, repair: bool) -> None:
+    """Say what is another now, remove what a kill left of what was being removed, and check all else by manifests."""
+    for line in differing:
+        progress.message(f"since the run was last here: {line}")
+    if left := finish_removing(output):
+        progress.message(f"removed, as keep says: {', '.join(left)}")
+    check_files(output, progress.message, repair=repair, how="--resume --repair")
 
 
 def report(output: Path, progress: Progress) -> None:
