@@ -492,7 +492,6 @@ DOORS: dict[str, set[str]] = {
         "compare_recipe",
         "compare_spec",
         "executor_spec",
-        "keep_spec",
         "federated_recipe",
         "keep_spec",
         "launched_update",
