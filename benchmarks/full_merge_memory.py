@@ -22,7 +22,6 @@ from pathlib import Path
 CASES = ((64, 2), (64, 4), (64, 8), (64, 16), (128, 8))
 # files that there really are; further tasks have names of their own for the same bytes
 DIFFERENT = 4
-OPERATOR = "metis"
 
 
 def make_model(folder: Path, megabytes: int, seed: int) -> None:
@@ -44,7 +43,7 @@ def make_model(folder: Path, megabytes: int, seed: int) -> None:
 def measure(folder: Path, tasks: int, threads: int) -> dict[str, int]:
     """Merge so many experts in this process; bytes held before it, and at most."""
     from manyshot.memory import PeakMemory, resident
-    from manyshot.operators import OPERATORS
+    from manyshot.operators import Metis
     from manyshot.round_merge import merge_weights
     from manyshot.task_vector import ModelUpdate
     from manyshot.tensors import Checkpoint
@@ -56,7 +55,7 @@ def measure(folder: Path, tasks: int, threads: int) -> dict[str, int]:
         None,
         tuple(f"task_{number}" for number in range(tasks)),
         tuple(ModelUpdate(expert) for expert in experts),
-        OPERATORS[OPERATOR](),
+        Metis(),
         [1 / tasks] * tasks,
         folder / "merged.safetensors",
         threads=threads,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyshot import kernels, optimizer_state
+from manyshot import kernels
 from manyshot.engine import tile_entries
-from manyshot.operators import OPERATORS
+from manyshot.operators import Mean
 from manyshot.optimizer_state import write_state
 from manyshot.round_merge import merge_weights
 from manyshot.task_vector import ModelUpdate
@@ -33,7 +33,7 @@ def models(tmp_path: Path) -> dict[str, Checkpoint]:
 
 def merge(models: dict[str, Checkpoint], output: Path) -> None:
     updates = [ModelUpdate(models[task]) for task in TASKS]
-    merge_weights(models["base"], None, TASKS, updates, OPERATORS["mean"](), [1 / 3] * 3, output, threads=2)
+    merge_weights(models["base"], None, TASKS, updates, Mean(), [1 / 3] * 3, output, threads=2)
 
 
 def test_full_merge_reads_experts_in_pieces(
@@ -94,7 +94,7 @@ def test_optimizer_state_is_written_tensor_by_tensor(tmp_path: Path, monkeypatch
         return read(checkpoint, name)
 
     optimizer = trained(model, "second")
-    monkeypatch.setattr(optimizer_state.SafetensorsWriter, "write", watched_write)
+    monkeypatch.setattr(SafetensorsWriter, "write", watched_write)
     monkeypatch.setattr(Checkpoint, "read", watched_read)
     write_state(optimizer, model, tmp_path / "two.safetensors", tmp_path / "one.safetensors")
     monkeypatch.undo()

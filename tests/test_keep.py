@@ -19,6 +19,7 @@ from manyshot.extend_command import extend
 from manyshot.inspect_input import open_round
 from manyshot.manifest import find_damages
 from manyshot.removed import REMOVED, finish_removing, made_again, read_removed, refuse_removed, remove_places
+from manyshot.rundir import remove
 from manyshot.runner import run
 from manyshot.status import run_status
 from run_helpers import Runs, contents, phases, unlike
@@ -115,7 +116,7 @@ def test_keep_finishes_removing_after_a_kill(runs: Runs, least: Path, monkeypatc
             raise Killed
         rest(place)
 
-    rest = removed.remove
+    rest = remove
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(removed, "remove", kill)
         run(runs.recipe(*WHOLE, *LEAST), folder, resume=True)
