@@ -163,7 +163,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def link_or_copy(source: Path, target: Path) -> bool:
+def link_or_copy(source: Path | str, target: Path | str) -> bool:
     """Put a file under a second name; True where that is a hard link, False for a copy: the file system makes none."""
     try:
         os.link(source, target)
