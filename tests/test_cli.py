@@ -95,7 +95,7 @@ def test_help_of_every_command_lists_its_options(command: str) -> None:
         "compare": {
             *{"--output", "--plan", "--workers", "--resume", "--extend", "--force", "--repair", "--quiet", "--json"},
         },
-        "tune": {"--output", "--plan", "--resume", "--force", "--quiet", "--json"},
+        "tune": {"--output", "--plan", "--resume", "--repair", "--force", "--quiet", "--json"},
         "eval": {
             *{"--adapter", "--base", "--batch-size", "--chat-template", "--check", "--data", "--device", "--dtype"},
             *{"--few-shot", "--json", "--judge", "--limit", "--max-new-tokens", "--output", "--preset", "--recipe"},

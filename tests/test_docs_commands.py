@@ -51,6 +51,7 @@ NOT_RUN_ELSEWHERE = {
     r"python tests/crash_harness\.py .*": "minutes; tests/test_crash.py kills a few",
     r"python tests/fuzz_driver\.py .*": "an input that a long search has found; tests/test_fuzz.py searches briefly",
     r"python examples/any_trainer/team\.py .*": "a team's training; tests/test_by_hand.py has two of them",
+    r"python benchmarks/(scaling|full_merge_memory|executors)\.py.*": "the page's own figures; its formulas are tested",
     r"tensorboard --logdir .*": "runs until it is stopped",
     r"cd .*": "where the reader's own data are",
 }

@@ -30,7 +30,17 @@ from merge_helpers import same_bits
 Tensors = dict[str, torch.Tensor]
 OPTIONS = {
     *("--output", "--base", "--operator", "--weights", "--scaling", "--density", "--trim-scope", "--mask-threshold"),
-    *("--min-agreement", "--temperature", "--set", "--validation", "--dtype", "--shard-size", "--device", "--threads"),
+    *(
+        "--min-agreement",
+        "--preset",
+        "--temperature",
+        "--set",
+        "--validation",
+        "--dtype",
+        "--shard-size",
+        "--device",
+        "--threads",
+    ),
     *("--seed", "--allow-copy", "--allow-nonfinite", "--force", "--quiet", "--json"),
 }
 

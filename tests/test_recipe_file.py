@@ -222,7 +222,10 @@ def test_load_recipe_names_an_unknown_key_with_file_line_and_suggestion(folder: 
         ("operator: {name: metis, temperature: .nan}\n", "recipe.yaml:7: operator.temperature: Input should be less"),
         ("operator: {name: metis, temperature: .inf}\n", "recipe.yaml:7: operator.temperature: Input should be less"),
         ("operator: {name: metis, scaling: [1, 2]}\n", "recipe.yaml:7: operator.scaling: has 2 values for 5 rounds"),
-        ("local_update:\n  method: loar\n", "recipe.yaml:8: local_update.method: Input should be 'lora' or 'full'"),
+        (
+            "local_update:\n  method: loar\n",
+            "recipe.yaml:8: local_update.method: Input should be 'lora', 'full' or 'command'",
+        ),
         ("local_update: 5\n", "recipe.yaml:7: local_update: "),
         ("merge:\n", "recipe.yaml:7: merge: "),
         ("seed: 1.5\n", "recipe.yaml:7: seed: Input should be a valid integer"),
