@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import reference
 from manyshot import engine, kernels, merge_models, reading, stream
-from manyshot.engine import Piece, TilePool
+from manyshot.engine import Piece, TilePool, imports_frozen
 from manyshot.errors import MergeError, ModelError
 from manyshot.kernels import pieces
 from manyshot.merge_models import MergeSettings
@@ -473,6 +474,17 @@ def test_tile_pool_waits_for_its_threads_when_it_is_interrupted(when: str) -> No
     signal.signal(signal.SIGINT, before)
     assert ended.is_set()
     assert threading.active_count() == threads
+
+
+def test_imports_stay_frozen_where_the_caller_froze_them() -> None:
+    gc.unfreeze()
+    with imports_frozen():
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+    gc.freeze()
+    with imports_frozen():
+        pass
+    assert gc.get_freeze_count()
 
 
 def test_tile_pool_counts_every_entry_and_gives_threads_their_own_buffers() -> None:

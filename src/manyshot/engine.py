@@ -5,6 +5,7 @@ P = entries of a tile.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -67,6 +68,22 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def imports_frozen() -> Iterator[None]:
+    """What imports left need not be searched for garbage again and again while tiles come and go.
+
+    Where the caller has frozen it already, that stays.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class TilePool:

@@ -7,7 +7,6 @@ step by step; the bits are the same. Shapes: T = tasks, P = entries of a tile.
 from __future__ import annotations
 
 import errno
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from manyshot import kernels
-from manyshot.engine import Piece, TilePool, cut, one_torch_thread, tile_entries
+from manyshot.engine import Piece, TilePool, cut, imports_frozen, one_torch_thread, tile_entries
 from manyshot.errors import MergeError, ModelError
 from manyshot.kernels.pieces import Input, Target, merge_piece, norm_piece, scan_piece
 from manyshot.merge_report import MergeReport, TileSums, add_up
@@ -104,12 +103,8 @@ class MergeStream:
     def tiles(self) -> list[TileSums]:
         """The same; what the report is made of."""
         self._load_torch()
-        gc.freeze()  # what the imports left need not be searched again and again while tiles come and go
-        try:
-            with one_torch_thread():
-                return self._run()
-        finally:
-            gc.unfreeze()
+        with one_torch_thread(), imports_frozen():
+            return self._run()
 
     def _load_torch(self) -> None:
         """Where some tensor goes step by step, torch is needed: before the pool sets how many threads it uses."""
