@@ -13,11 +13,10 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any
 
 from manyshot.launch_files import ERROR, JOB, MARK, TOLD
 from manyshot.process_mark import is_alive, process_mark
-from manyshot.progress import Progress
+from manyshot.progress import Telling
 from manyshot.rundir import write_json
 
 
@@ -31,7 +30,7 @@ def main(folder: Path) -> int:
         from manyshot.launched_update import update_on_ranks  # once the thread above watches: this takes seconds
 
         with open(folder / TOLD if rank == 0 else os.devnull, "a", encoding="utf-8") as stream:
-            update_on_ranks(json.dumps(given["job"]), _Telling(stream), rank, ranks)
+            update_on_ranks(json.dumps(given["job"]), Telling(stream), rank, ranks)
     except Exception as error:  # noqa: BLE001 - of any kind; another process tells of it
         traceback.print_exc()
         file = getattr(error, "filename", None)
@@ -46,21 +45,6 @@ def main(folder: Path) -> int:
         write_json(folder / ERROR.format(rank), failure)
         return 1
     return 0
-
-
-class _Telling(Progress):
-    """Writes down what happens, for the launch to pass on."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        super().__init__(lambda event: self._tell({"event": event.to_json()}))
-        self._stream = stream
-
-    def record(self, kind: str, **values: Any) -> None:
-        self._tell({"record": kind, "values": values})
-
-    def _tell(self, value: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(value) + "\n")
-        self._stream.flush()
 
 
 def _end_with(parent: str, launcher: int) -> None:

@@ -26,7 +26,7 @@ from manyshot.errors import ManyshotError, RecipeError, TrainingError, suggestio
 from manyshot.launch_files import ERROR, JOB, MARK, TOLD
 from manyshot.launch_spec import KEY, Launch, command_line, plain_config, read_launch
 from manyshot.process_mark import is_alive, process_mark
-from manyshot.progress import Event, Progress
+from manyshot.progress import Progress, pass_on
 from manyshot.rundir import remove
 from manyshot.training_spec import LocalUpdate
 
@@ -112,27 +112,11 @@ def _follow(process: subprocess.Popen[bytes], told: Path, time_limit: float | No
     while True:
         with suppress(subprocess.TimeoutExpired):
             process.wait(EVERY)
-        read = _pass_on(told, read, progress)
+        read = pass_on(told, read, progress)
         if process.returncode is not None:
             return True
         if end is not None and time.monotonic() >= end:
             return False
-
-
-def _pass_on(told: Path, read: int, progress: Progress) -> int:
-    """Tell what is new after `read` bytes; a line that is not all there yet waits."""
-    if not told.exists():
-        return read
-    with open(told, "rb") as stream:
-        stream.seek(read)
-        complete, end, _ = stream.read().rpartition(b"\n")
-    for line in complete.splitlines():
-        value = json.loads(line)
-        if "event" in value:
-            progress.listener(Event(**value["event"]))
-        else:
-            progress.record(value["record"], **value["values"])
-    return read + len(complete) + len(end)
 
 
 def _end(process: subprocess.Popen[bytes], work: Path) -> None:

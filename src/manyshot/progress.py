@@ -7,12 +7,13 @@ watched from elsewhere, and one that died be told from one that takes its time.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from manyshot.memory import PeakMemory
 from manyshot.rundir import append_line
@@ -109,6 +110,41 @@ class Progress:
         if self.metrics is not None:
             shown = {name: redacted(value) if isinstance(value, str) else value for name, value in values.items()}
             append_line(self.metrics, {"kind": kind, "time": round(time.time(), 3)} | shown)
+
+
+class Telling(Progress):
+    """Of another process than the run's: writes what happens as lines, which pass_on reads where the run is."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(lambda event: self._tell({"event": event.to_json()}))
+        self._stream = stream
+
+    def record(self, kind: str, **values: Any) -> None:
+        self._tell({"record": kind, "values": values})
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(value) + "\n")
+        self._stream.flush()
+
+
+def pass_on(told: Path, read: int, progress: Progress, **more: Any) -> int:
+    """Tell what another process told after `read` bytes, as if it had happened here; records have `more` beside it.
+
+    Returns the bytes that are read now. A file that is not there tells nothing; a line that is not all there yet waits.
+    """
+    try:
+        with open(told, "rb") as stream:
+            stream.seek(read)
+            complete, end, _ = stream.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return read
+    for line in complete.splitlines():
+        value = json.loads(line)
+        if "event" in value:
+            progress.listener(Event(**value["event"]))
+        else:
+            progress.record(value["record"], **value["values"], **more)
+    return read + len(complete) + len(end)
 
 
 def covered_seconds(lines: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> float:

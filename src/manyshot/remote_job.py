@@ -6,7 +6,6 @@ alone writes metrics.jsonl; it reads what its jobs tell, and passes it on as if 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from manyshot.disk import DISK_ERRORS
 from manyshot.errors import ManyshotError, WorkerError
 from manyshot.memory import bound_caches
-from manyshot.progress import Event, Progress
+from manyshot.progress import Progress, Telling, pass_on
 from manyshot.rundir import PARTIAL, remove
 from manyshot.secret_text import redacted
 
@@ -73,7 +72,7 @@ def run_job(function: Callable[[Job, Progress], Result], job: Job, label: str, p
         try:
             bound_caches()
             _use_threads(place.threads)
-            outcome = Outcome(function(job, _Telling(told)))
+            outcome = Outcome(function(job, Telling(told)))
         except (ManyshotError, *DISK_ERRORS) as error:
             traceback.print_exc()
             error.__cause__ = None  # it is in the log, and may be of a kind that cannot be sent
@@ -123,21 +122,6 @@ def _drop_log(log: Path) -> None:
         log.parent.rmdir()
 
 
-class _Telling(Progress):
-    """Writes what happens to a file, for a Relay to read."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        super().__init__(lambda event: self._tell({"event": event.to_json()}))
-        self._stream = stream
-
-    def record(self, kind: str, **values: Any) -> None:
-        self._tell({"record": kind, "values": values})
-
-    def _tell(self, value: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(value) + "\n")
-        self._stream.flush()
-
-
 # ---- where the jobs come from ----------------------------------------------------------------------------------------
 
 
@@ -153,21 +137,7 @@ class Relay:
     def poll(self) -> None:
         """Pass on what is new. A line that is not all there yet waits."""
         for position, file in self._files.items():
-            try:
-                with open(file, "rb") as stream:
-                    stream.seek(self._read[position])
-                    complete, end, _ = stream.read().rpartition(b"\n")
-            except FileNotFoundError:
-                continue
-            self._read[position] += len(complete) + len(end)
-            for line in complete.splitlines():
-                self._pass_on(json.loads(line), position)
-
-    def _pass_on(self, value: dict[str, Any], position: int) -> None:
-        if "event" in value:
-            self.progress.listener(Event(**value["event"]))
-        else:
-            self.progress.record(value["record"], **value["values"], job=position)
+            self._read[position] = pass_on(file, self._read[position], self.progress, job=position)
 
 
 def results_of(outcomes: dict[int, Outcome[Result]], progress: Progress) -> list[Result]:
