@@ -22,9 +22,9 @@ from manyshot.inspect_input import open_round
 from manyshot.live_metrics import MetricsTail
 from manyshot.live_state import LiveRun
 from manyshot.models import load_config, load_tokenizer, meta_model
+from manyshot.operator_choice import operator_adapter
 from manyshot.peft_adapter import PATTERN, read_adapter
 from manyshot.push import plan_upload
-from manyshot.recipe import operator_adapter
 from manyshot.recipe_file import merge_recipe_from_mapping, recipe_from_mapping
 from manyshot.report_build import build_report
 from manyshot.rundir import RunFolder, read_json, read_lines

@@ -20,10 +20,11 @@ from manyshot.executors import LocalExecutor
 from manyshot.gap_weights import TaskLosses
 from manyshot.inputs import check_inputs
 from manyshot.line_search import MOST_TRIES, SOFTNESS, best_scaling, lowest, next_scaling, objective
+from manyshot.operator_choice import make_plan
 from manyshot.operators import BUILT_IN, MatrixOperator, OperatorPlan
 from manyshot.outer import Outer
 from manyshot.progress import Progress
-from manyshot.recipe import make_plan, operator_warnings
+from manyshot.recipe import operator_warnings
 from manyshot.recipe_file import merge_recipe_from_mapping, recipe_from_mapping
 from manyshot.round_merge import merge_weights, scale_update, write_update
 from manyshot.rounds import run_rounds

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 import reference
+from manyshot.operator_choice import make_plan
 from manyshot.operators import (
     BUILT_IN,
     GROUP,
@@ -49,7 +50,6 @@ from manyshot.operators import (
 )
 from manyshot.operators._norm import _square
 from manyshot.operators._trim import num_kept
-from manyshot.recipe import make_plan
 from manyshot.seeding import make_generator
 
 METIS_MASKS: list[dict[str, Any]] = [

@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from manyshot.errors import suggestion
+from manyshot.operator_choice import OperatorChoice, operator_adapter
 from manyshot.operators import Operator
 from manyshot.presets import PresetName
-from manyshot.recipe import TASK_NAME, LocalUpdate, Merge, OperatorChoice, Protocol, Section, operator_adapter
+from manyshot.recipe import TASK_NAME, LocalUpdate, Merge, Protocol, Section
 
 Shot = Literal["post_hoc", "many_shot"]
 Name = Annotated[str, Field(pattern=TASK_NAME, max_length=64)]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from manyshot.operators import Metis, Operator, OperatorPlan
+from manyshot.operator_choice import OperatorChoice, WithOperator, override_problems
+from manyshot.operators import Metis
 from manyshot.recipe import (
     RESERVED_TASK_ENDINGS,
     TASK_NAME,
     Merge,
-    OperatorChoice,
     Problems,
-    make_plan,
     outer_problems,
-    override_problems,
     refuse_together,
 )
 from manyshot.task_spec import Count, Section
@@ -26,7 +23,7 @@ TaskName = Annotated[str, Field(pattern=TASK_NAME, max_length=64)]
 MEASURED = ("search_objective", "on_regression", "regression_tolerance")
 
 
-class FederatedRecipe(Section):
+class FederatedRecipe(WithOperator, Section):
     """What the server of a federation merges, and how."""
 
     model: str = Field(description="the pretrained model, as in a recipe; every client has the same, or is sent it")
@@ -49,27 +46,13 @@ class FederatedRecipe(Section):
         refuse_together(_problems(self))
         return self
 
-    @property
-    def method(self) -> Operator:
-        """The operator, typed."""
-        operator: Operator = self.operator
-        return operator
-
-    @cached_property
-    def plan(self) -> OperatorPlan:
-        """The operator of every tensor."""
-        return make_plan(self.method, self.overrides)
-
 
 def _problems(recipe: FederatedRecipe) -> Problems:
     """(key, message) for settings that are fine alone but not together."""
     num_tasks, merge = len(recipe.tasks), recipe.merge
     found = [(f"operator.{key}", text) for key, text in recipe.method.problems(num_tasks, recipe.rounds)]
     found += override_problems(recipe.method, recipe.overrides, num_tasks, recipe.rounds)
-    found += outer_problems(merge)
-    if isinstance(steps := merge.outer_step_size, tuple) and len(steps) != recipe.rounds:
-        text = f"has {len(steps)} values for {recipe.rounds} rounds; give one, or one per round"
-        found.append(("merge.outer_step_size", text))
+    found += outer_problems(merge, recipe.rounds)
     if recipe.method.searches_scaling:
         text = "auto measures merged models while they are made, and the server has no data; give a number"
         found.append(("operator.scaling", text))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from manyshot.gap_weights import needs_gaps
-from manyshot.operators import Operator, OperatorPlan, TaskArithmetic
+from manyshot.operator_choice import OperatorChoice, WithOperator, make_plan, override_problems
+from manyshot.operators import OperatorPlan, TaskArithmetic
 from manyshot.presets import WithPreset
-from manyshot.recipe import TASK_NAME, OperatorChoice, Problems, Section, make_plan, override_problems, refuse_together
+from manyshot.recipe import TASK_NAME, Problems, Section, refuse_together
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?[bB]?)\s*$")
@@ -36,7 +38,7 @@ class ExpertSpec(Section):
     system_prompt: str | None = Field(None, description="as in a task of a recipe")
 
 
-class MergeRecipe(WithPreset):
+class MergeRecipe(WithOperator, WithPreset):
     """Everything a merge depends on."""
 
     base: str = Field(description="Hub id, local folder or .gguf file that the experts were trained from")
@@ -60,13 +62,7 @@ class MergeRecipe(WithPreset):
         refuse_together(merge_problems(self))
         return self
 
-    @property
-    def method(self) -> Operator:
-        """The operator, typed."""
-        operator: Operator = self.operator
-        return operator
-
-    @property
+    @cached_property
     def plan(self) -> OperatorPlan:
         """The operator of every tensor, in the only round there is."""
         return make_plan(self.method, self.overrides).at_round(1)

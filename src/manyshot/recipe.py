@@ -5,25 +5,34 @@ Unknown keys fail with a suggestion, the file and the line, and all errors come 
 
 from __future__ import annotations
 
-import dataclasses
-from functools import cache, cached_property
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from manyshot.executor_spec import ExecutorChoice, LocalExecution
 from manyshot.keep_spec import Keep
-from manyshot.operators import OPERATORS, MatrixOperator, Metis, Operator, OperatorPlan
+from manyshot.operator_choice import OperatorChoice, WithOperator, override_problems
+from manyshot.operators import MatrixOperator, Metis
 from manyshot.presets import WithPreset
-from manyshot.task_spec import Count, Section, SourceSpec, TaskSpec
+from manyshot.task_spec import Count, Problems, Section, SourceSpec, TaskSpec
 from manyshot.tracker_spec import Trackers
 from manyshot.training_spec import LocalUpdate, Protocol
 
 # the parts of a recipe that are declared elsewhere are found here too
-__all__ = ["Count", "Evaluation", "LocalUpdate", "Merge", "Protocol", "Recipe", "Section", "SourceSpec", "TaskSpec"]
+__all__ = [
+    "Count",
+    "Evaluation",
+    "LocalUpdate",
+    "Merge",
+    "Problems",
+    "Protocol",
+    "Recipe",
+    "Section",
+    "SourceSpec",
+    "TaskSpec",
+]
 
-Problems = list[tuple[str, str]]
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # folders of a run that a task of the same name would collide with
 RESERVED_TASK_NAMES = ("merged", "carried_adapter")
@@ -86,22 +95,7 @@ class Evaluation(Section):
     )
 
 
-def _operator_from_name(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _operator_union() -> Any:
-    union: Any = None
-    for operator in OPERATORS.values():
-        union = operator if union is None else union | operator
-    return Annotated[union, Field(discriminator="name"), BeforeValidator(_operator_from_name)]
-
-
-# any operator of the table, by its name alone or with settings
-OperatorChoice: TypeAlias = _operator_union()  # type: ignore[valid-type]
-
-
-class Recipe(WithPreset):
+class Recipe(WithOperator, WithPreset):
     """Everything a run depends on."""
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo:smollm2-135m-instruct")
@@ -133,17 +127,6 @@ class Recipe(WithPreset):
         refuse_together(cross_problems(self))
         return self
 
-    @property
-    def method(self) -> Operator:
-        """The operator, typed."""
-        operator: Operator = self.operator
-        return operator
-
-    @cached_property
-    def plan(self) -> OperatorPlan:
-        """The operator of every tensor."""
-        return make_plan(self.method, self.overrides)
-
     def rank_of(self, task: str) -> int:
         """The task's own rank, or everyone's, as for joint fine-tuning on several."""
         return (self.tasks[task].rank if task in self.tasks else None) or self.local_update.rank
@@ -172,67 +155,6 @@ def refuse_together(problems: Problems) -> None:
 
 # whose state is, for each parameter, two moments and a step count
 KEPT_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
-
-# settings that decide the weights, of which one merge has one set
-WEIGHT_SETTINGS = ("temperature", "gap", "effective_tasks", "weight_memory")
-
-
-@cache
-def operator_adapter() -> TypeAdapter[Operator]:
-    """Made once: making it takes longer than reading a recipe."""
-    return TypeAdapter(OperatorChoice)
-
-
-def make_plan(operator: Operator, overrides: dict[str, dict[str, Any]]) -> OperatorPlan:
-    """The operators that `overrides` make of the recipe's one: its settings with others in their place, or another
-    operator where `name` says so. Raises PydanticCustomError that names pattern and setting.
-    """
-    adapter, made = operator_adapter(), []
-    for pattern, settings in overrides.items():
-        name = settings.get("name", operator.name)
-        same = {} if name != operator.name else dataclasses.asdict(operator)
-        try:
-            made.append((pattern, adapter.validate_python(same | settings | {"name": name})))
-        except ValidationError as error:
-            details = error.errors(include_url=False)[0]
-            setting = next((part for part in reversed(details["loc"]) if part in settings), "name")
-            message, found = details["msg"], details["input"]
-            if details["type"] == "union_tag_invalid":
-                message, found = f"unknown operator; there are: {', '.join(sorted(OPERATORS))}", name
-            elif details["type"] == "unexpected_keyword_argument":
-                known = sorted(field.name for field in dataclasses.fields(OPERATORS[name]))
-                message = f"unknown key; there are: {', '.join(known)}"
-            raise PydanticCustomError(
-                "override",
-                "{setting}: {message}, found {found}",
-                {"pattern": pattern, "setting": setting, "message": message, "found": repr(found)},
-            ) from None
-    return OperatorPlan(operator, tuple(made))
-
-
-def override_problems(
-    operator: Operator, overrides: dict[str, dict[str, Any]], num_tasks: int, rounds: int
-) -> Problems:
-    """(key, message) for overrides that do not fit the operator, the tasks or the rounds."""
-    found: Problems = []
-    try:
-        plan = make_plan(operator, overrides)
-    except PydanticCustomError as error:
-        context = error.context or {}
-        return [(f"overrides.{context['pattern']}", error.message())]
-    for (pattern, settings), (_, made) in zip(overrides.items(), plan.overrides, strict=True):
-        key = f"overrides.{pattern}"
-        found += [(f"{key}.{name}", text) for name, text in made.problems(num_tasks, rounds)]
-        found += [
-            (f"{key}.{name}", "decides the weights, of which a merge has one set; set it under operator")
-            for name in WEIGHT_SETTINGS
-            if name in settings
-        ]
-        if made.searches_scaling and not operator.searches_scaling:
-            found.append((f"{key}.scaling", "auto is one search for the whole merge; set it under operator"))
-        if made.uses_loss_gaps and not operator.uses_loss_gaps:
-            found.append((key, f"{made.name} takes its weights from loss gaps; make it the operator itself"))
-    return found
 
 
 def cross_problems(recipe: Recipe) -> Problems:
@@ -332,16 +254,11 @@ def _merge_problems(recipe: Recipe) -> Problems:
         found.append(("merge.reference", "space: factors merges the adapters themselves; use reference: pretrained"))
     if merge.space == "factors" and isinstance(recipe.method, MatrixOperator):
         found.append(("operator.name", f"{recipe.method.name} merges whole weight matrices; use merge.space: weights"))
-    found += outer_problems(merge)
+    found += outer_problems(merge, recipe.protocol.rounds)
     tolerance = merge.regression_tolerance
     if merge.on_regression == "warn" and tolerance != Merge.model_fields["regression_tolerance"].default:
         text = "is for on_regression: stop or rollback; the warning has thresholds of its own (docs/guards.md)"
         found.append(("merge.regression_tolerance", text))
-    steps, rounds = merge.outer_step_size, recipe.protocol.rounds
-    if isinstance(steps, tuple) and len(steps) != rounds:
-        found.append(
-            ("merge.outer_step_size", f"has {len(steps)} values for {rounds} rounds; give one, or one per round")
-        )
     if recipe.method.searches_scaling and merge.space == "factors":
         found.append(("operator.scaling", "auto searches along a line of weights; it needs merge.space: weights"))
     if recipe.method.searches_scaling and merge.outer_optimizer == "adam":
@@ -349,8 +266,16 @@ def _merge_problems(recipe: Recipe) -> Problems:
     return found
 
 
-def outer_problems(merge: Merge) -> Problems:
-    """Settings of an outer optimizer that is not in use, or that it does not have."""
+def outer_problems(merge: Merge, rounds: int) -> Problems:
+    """Settings of an outer optimizer that is not in use, that it does not have, or that do not fit the rounds."""
+    found, steps = _outer_settings_problems(merge), merge.outer_step_size
+    if isinstance(steps, tuple) and len(steps) != rounds:
+        text = f"has {len(steps)} values for {rounds} rounds; give one, or one per round"
+        found.append(("merge.outer_step_size", text))
+    return found
+
+
+def _outer_settings_problems(merge: Merge) -> Problems:
     settings = ("outer_optimizer", "outer_step_size", "outer_momentum", "outer_beta1", "outer_beta2", "outer_epsilon")
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
     if merge.reference == "pretrained":

@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(ge=1)]
+# (key, message) of settings that are fine alone but not together
+Problems: TypeAlias = list[tuple[str, str]]
 # the `data` of a task whose examples stay where they are (rounds by hand)
 ELSEWHERE = "elsewhere"
 
