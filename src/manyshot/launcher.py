@@ -22,6 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from manyshot import errors
+from manyshot.child_process import end_group, ended_by
 from manyshot.errors import ManyshotError, RecipeError, TrainingError, suggestion
 from manyshot.launch_files import ERROR, JOB, MARK, TOLD
 from manyshot.launch_spec import KEY, Launch, command_line, plain_config, read_launch
@@ -121,13 +122,7 @@ def _follow(process: subprocess.Popen[bytes], told: Path, time_limit: float | No
 
 def _end(process: subprocess.Popen[bytes], work: Path) -> None:
     """End the launcher and the ranks, each of which leads a group of processes of its own."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)  # it ends its ranks then
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError, PermissionError):  # nobody is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    end_group(process, GRACE)  # a launcher that is asked to ends its ranks
     for file in work.glob(MARK.format("*")):
         mark = file.read_text("utf-8")
         if is_alive(mark):
@@ -142,10 +137,8 @@ def _failure(work: Path, log: Path, num_processes: int, where: str) -> Exception
     """What ended the launch: a rank that was killed, else the first rank that failed."""
     for rank, code in ENDED.findall(log.read_text("utf-8", "replace")):
         if int(code) < 0 and -int(code) != signal.SIGTERM:  # which the others get for it
-            name = signal.Signals(-int(code)).name
-            memory = "; most often there was too little memory" if name == "SIGKILL" else ""
             return TrainingError(
-                f"{where}: rank {rank} of {num_processes} was ended by signal {name}{memory}; {log} has its output"
+                f"{where}: rank {rank} of {num_processes} {ended_by(-int(code))}; {log} has its output"
             )
     failed = sorted((json.loads(file.read_text("utf-8")) for file in work.glob(ERROR.format("*"))), key=_when)
     if not failed:

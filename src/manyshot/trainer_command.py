@@ -10,13 +10,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
+from manyshot.child_process import end_group, ended_by
 from manyshot.errors import RecipeError, TrainingError, suggestion
 
 CONSENT = "MANYSHOT_ALLOW_COMMAND"
@@ -118,14 +117,15 @@ def run_command(
         try:
             code = _wait(process, time_limit, beat)
         finally:
-            _end(process)
+            end_group(process, GRACE)
     if code is None:
         raise TrainingError(
             f"{where}: the trainer was still running after {time_limit:g} seconds (local_update.time_limit) and was "
             f"ended{_said(log)}"
         )
     if code != 0:
-        raise TrainingError(f"{where}: the trainer {_how_it_ended(code)}{_said(log)}")
+        ended = f"ended with exit code {code}" if code > 0 else ended_by(-code)
+        raise TrainingError(f"{where}: the trainer {ended}{_said(log)}")
 
 
 def _wait(process: subprocess.Popen[bytes], time_limit: float | None, beat: Callable[[], None]) -> int | None:
@@ -139,24 +139,6 @@ def _wait(process: subprocess.Popen[bytes], time_limit: float | None, beat: Call
             if end is not None and time.monotonic() >= end:
                 return None
             beat()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started: asked first, then killed."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError, PermissionError):  # nobody is left of the group
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _how_it_ended(code: int) -> str:
-    if code > 0:
-        return f"ended with exit code {code}"
-    memory = "; most often there was too little memory" if -code == signal.SIGKILL else ""
-    return f"was ended by signal {signal.Signals(-code).name}{memory}"
 
 
 def _said(log: Path) -> str:
