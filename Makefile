@@ -29,8 +29,8 @@ study-quick: setup
 	$(BIN)/manyshot compare recipes/study/quick.yaml 'seeds=[$(SEED)]' --workers 2 --force --output compare/quick
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 
 test: check

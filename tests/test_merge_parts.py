@@ -104,7 +104,9 @@ def test_merge_of_one_part_stays_here(merge: Callable[..., round_merge.MergeRepo
         raise AssertionError("sent away")
 
     # all tensors are looked at together
-    merge(OperatorPlan(Ties(density=0.5, trim_scope="model")), Outer(), tmp_path / "one" / "v.safetensors", elsewhere)
+    output = tmp_path / "one" / "v.safetensors"
+    merge(OperatorPlan(Ties(density=0.5, trim_scope="model")), Outer(), output, elsewhere)
+    assert output.is_file()
 
 
 def test_cut_names_keeps_together_what_is_looked_at_together(base: Checkpoint) -> None:

@@ -218,12 +218,12 @@ def test_legend_hides_a_line_in_every_panel_and_says_so(eleven: Seen) -> None:
 def test_rounds_of_the_cosines_are_chosen(eleven: Seen) -> None:
     page, choice = eleven.page, eleven.page.locator("select")
     choice.select_option("round 2")
-    assert page.locator("#drift-1-chart-1").is_visible()
+    page.locator("#drift-1-chart-1").wait_for(state="visible")
     assert not page.locator("#drift-1-chart-4").is_visible()
     page.evaluate(VISIT)
     until(page, "document.querySelectorAll('#drift-1-chart-1 svg path').length > 100")
     choice.select_option("round 5")
-    assert page.locator("#drift-1-chart-4").is_visible()
+    page.locator("#drift-1-chart-4").wait_for(state="visible")
 
 
 def test_tooltip_is_text(eleven: Seen) -> None:

@@ -3,7 +3,7 @@
     python examples/any_trainer/team.py MODEL TRAIN.jsonl VALIDATION.jsonl OUTPUT [STEPS]
 
 MODEL is the folder that the coordinator gave for this round. OUTPUT gets a PEFT adapter; what is printed goes with it
-to the coordinator: `--loss-merged` is the loss of MODEL on the validation rows, `--loss-expert` that of what was trained.
+to the coordinator: `--loss-merged` is MODEL's loss on the validation rows, `--loss-expert` that of what was trained.
 """
 
 import sys

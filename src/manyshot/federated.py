@@ -20,17 +20,10 @@ from manyshot.base_model import find_base_model
 from manyshot.errors import ManyshotError, MergeError, ModelError, RunFolderError, suggestion
 from manyshot.export import export_model
 from manyshot.federated_recipe import FederatedRecipe
-from manyshot.gap_weights import (
-    TaskLosses,
-    choose_weights,
-    effective_tasks,
-    for_all_tasks,
-    memory_of,
-    needs_gaps,
-    weights_without_gaps,
-)
+from manyshot.gap_weights import TaskLosses, memory_of, needs_gaps, weigh_tasks
 from manyshot.match import open_experts, refuse_quantized
-from manyshot.outer import MEMORIES, STATE_NAME, Outer
+from manyshot.outer import STATE_NAME, Outer
+from manyshot.outer_choice import make_outer
 from manyshot.peft_adapter import CONFIG_NAME
 from manyshot.recipe_file import to_yaml
 from manyshot.round_merge import merge_weights
@@ -223,30 +216,20 @@ class FederatedRun:
     ) -> dict[str, Any]:
         """Loss gaps G_τ and weights α_τ of a round, written to loss_gap.json as a run does."""
         operator, num_tasks = self.recipe.method.at_round(round_index), len(self.recipe.tasks)
-        details: dict[str, Any] = {}
-        gaps: dict[str, float] = {}
-        if measured := all(START in losses[name] and EXPERT in losses[name] for name in names):
+        found, before = None, None
+        told: dict[str, Any] = {"start_losses": {}, "expert_losses": {}}
+        if all(START in losses[name] and EXPERT in losses[name] for name in names):
             start, expert = (tuple(losses[name][which] for name in names) for which in (START, EXPERT))
             # only relative gaps look at the pretrained model's, and those have been asked for
             pretrained = tuple(self._pretrained_losses.get(name, losses[name][START]) for name in names)
             found = TaskLosses(start, expert, pretrained)
-            before = None
+            for key, which in (("start_losses", START), ("expert_losses", EXPERT)):
+                told[key] = {name: {"loss": losses[name][which]} for name in names}
             if memory_of(operator) and round_index > 1:
                 before = [self._weights.get(name, 1 / num_tasks) for name in names]
-            weights, details = choose_weights(operator, found, before)
-            gaps = dict(zip(names, found.gaps, strict=True))
-        else:
-            weights = weights_without_gaps(operator, len(names))
-        weights = for_all_tasks(operator, weights, num_tasks)
-        record = {
-            "start_losses": {name: {"loss": losses[name][START]} for name in names} if measured else {},
-            "expert_losses": {name: {"loss": losses[name][EXPERT]} for name in names} if measured else {},
-            "loss_gaps": gaps,
-            "weights": dict(zip(names, weights, strict=True)),
-            "effective_tasks": effective_tasks(weights),
-            **details,
-            **({"skipped": dict(left_out)} if left_out else {}),
-        }
+        record = told | weigh_tasks(operator, names, found, num_tasks, before)
+        if left_out:
+            record["skipped"] = dict(left_out)
         write_json(self._file(round_index, "loss_gap.json"), record)
         return record
 
@@ -275,20 +258,12 @@ class FederatedRun:
 
     def _outer(self, round_index: int) -> Outer:
         """The outer optimizer of a round; it leaves its state where there is a next round."""
-        merge = self.recipe.merge
-        step_size, remembers = merge.outer_step_size, bool(MEMORIES[merge.outer_optimizer])
-        before = self._file(round_index - 2, TASK_VECTOR) if round_index > 2 else None
-        state = self._file(round_index - 1, STATE_NAME) if round_index > 1 else None
-        return Outer(
-            step_size[round_index - 1] if isinstance(step_size, tuple) else step_size,
-            merge.outer_momentum,
-            StoredTaskVector(before) if before and merge.outer_momentum and not remembers else None,
-            merge.outer_optimizer,
-            betas=(merge.outer_beta1, merge.outer_beta2),
-            epsilon=merge.outer_epsilon,
-            round_index=round_index,
-            state=StoredTaskVector(state) if state and remembers else None,
-            leaves=self._file(round_index, STATE_NAME) if remembers and round_index < self.recipe.rounds else None,
+        return make_outer(
+            self.recipe.merge,
+            round_index,
+            before=self._file(round_index - 2, TASK_VECTOR) if round_index > 2 else None,
+            state=self._file(round_index - 1, STATE_NAME) if round_index > 1 else None,
+            leaves=self._file(round_index, STATE_NAME) if round_index < self.recipe.rounds else None,
         )
 
     def _file(self, round_index: int, name: str) -> Path:

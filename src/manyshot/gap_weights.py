@@ -178,6 +178,30 @@ def for_all_tasks(operator: Operator, weights: Sequence[float], num_tasks: int) 
     return [weight * num_tasks / len(weights) for weight in weights]
 
 
+def weigh_tasks(
+    operator: Operator,
+    names: Sequence[str],
+    losses: TaskLosses | None,
+    num_tasks: int,
+    before: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What loss_gap.json says of a merge: gaps and weights by task, effective tasks, and how the weights came about.
+
+    `names` are the tasks that are there, of `num_tasks`; without `losses` the operator is one that needs none. `before`
+    and errors as in choose_weights().
+    """
+    details: dict[str, Any] = {}
+    gaps: dict[str, float] = {}
+    if losses is None:
+        weights = weights_without_gaps(operator, len(names))
+    else:
+        weights, details = choose_weights(operator, losses, before)
+        gaps = dict(zip(names, losses.gaps, strict=True))
+    weights = for_all_tasks(operator, weights, num_tasks)
+    by_task = dict(zip(names, weights, strict=True))
+    return {"loss_gaps": gaps, "weights": by_task, "effective_tasks": effective_tasks(weights), **details}
+
+
 def choose_weights(
     operator: Operator, losses: TaskLosses, before: Sequence[float] | None = None
 ) -> tuple[list[float], dict[str, Any]]:

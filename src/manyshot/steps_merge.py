@@ -12,19 +12,18 @@ from manyshot.errors import RunFolderError
 from manyshot.export import export_model
 from manyshot.gap_weights import (
     TaskLosses,
-    choose_weights,
     effective_tasks,
-    for_all_tasks,
     memory_of,
     normalized_weights,
-    weights_without_gaps,
+    weigh_tasks,
 )
 from manyshot.manifest import files_in, linked_digests
 from manyshot.match import open_experts
 from manyshot.merge_report import TileSums
 from manyshot.models import ModelState
 from manyshot.operators import OperatorPlan
-from manyshot.outer import MEMORIES, STATE_NAME, Outer
+from manyshot.outer import STATE_NAME, Outer
+from manyshot.outer_choice import make_outer
 from manyshot.removed import refuse_removed, why_removed
 from manyshot.round_merge import MergePart, merge_factors, merge_part, merge_weights, scale_update, write_update
 from manyshot.rundir import ROLLBACK, read_json, remove, write_json
@@ -43,26 +42,18 @@ def weigh(
 ) -> Json:
     """Loss gaps G_τ and weights α_τ of one merge, written to loss_gap.json; of the tasks that have an expert."""
     names = [expert.task for expert in experts]
-    failed = failures(run, round_index, experts)
-    skipped: Json = {"skipped": failed} if failed else {}
-    if not all("validation" in expert.record for expert in experts):
-        return _weigh_without_gaps(run, folder, round_index, start_losses, names, skipped)
-    start, pretrained = (
-        tuple(losses[expert.task]["loss"] for expert in experts) for losses in (start_losses, pretrained_losses)
-    )
-    losses = TaskLosses(start, tuple(expert.loss for expert in experts), pretrained)
-    operator = run.recipe.method.at_round(max(1, round_index))
-    before = _weights_before(run, round_index, names) if memory_of(operator) else None
-    weights, details = choose_weights(operator, losses, before)
-    weights = for_all_tasks(operator, weights, len(run.tasks))
-    record = {
-        "expert_losses": {expert.task: expert.record["validation"] for expert in experts},
-        "loss_gaps": dict(zip(names, losses.gaps, strict=True)),
-        "weights": dict(zip(names, weights, strict=True)),
-        "effective_tasks": effective_tasks(weights),
-        **details,
-        **skipped,
-    }
+    operator, losses, told = run.recipe.method.at_round(max(1, round_index)), None, Json()
+    # a trial whose operator needs no gaps has not measured its experts
+    if all("validation" in expert.record for expert in experts):
+        start, pretrained = (
+            tuple(losses[expert.task]["loss"] for expert in experts) for losses in (start_losses, pretrained_losses)
+        )
+        losses = TaskLosses(start, tuple(expert.loss for expert in experts), pretrained)
+        told["expert_losses"] = {expert.task: expert.record["validation"] for expert in experts}
+    before = _weights_before(run, round_index, names) if losses and memory_of(operator) else None
+    record = told | weigh_tasks(operator, names, losses, len(run.tasks), before)
+    if failed := failures(run, round_index, experts):
+        record["skipped"] = failed
     write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
     return record
 
@@ -88,18 +79,6 @@ def _weights_before(run: Run, round_index: int, names: Sequence[str]) -> list[fl
         if all(name in found for name in names):
             break
     return [found.get(name, 1 / len(run.names)) for name in names]
-
-
-def _weigh_without_gaps(
-    run: Run, folder: Path, round_index: int, start_losses: Json, names: Sequence[str], skipped: Json
-) -> Json:
-    """The weights of a trial's operator that needs no gaps, so that its experts were not measured."""
-    operator = run.recipe.method.at_round(max(1, round_index))
-    weights = for_all_tasks(operator, weights_without_gaps(operator, len(names)), len(run.tasks))
-    by_task = dict(zip(names, weights, strict=True))
-    record = {"loss_gaps": {}, "weights": by_task, "effective_tasks": effective_tasks(weights)} | skipped
-    write_json(folder / "loss_gap.json", {"start_losses": start_losses} | record)
-    return record
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
@@ -278,23 +257,15 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
     """
     merge, rounds = run.recipe.merge, run.recipe.protocol.rounds
     merge = merge if round_index else merge.once()
-    step_size, momentum, optimizer = merge.outer_step_size, merge.outer_momentum, merge.outer_optimizer
-    if isinstance(step_size, tuple):
-        step_size = step_size[max(1, round_index) - 1]
-    remembers, followed = bool(MEMORIES[optimizer]), round_index > 0 and (round_index < rounds or run.goes_on)
+    followed = round_index > 0 and (round_index < rounds or run.goes_on)
     anew = next((r for r in range(round_index - 1, 0, -1) if (run.folder.round(r) / ROLLBACK).exists()), 0)
-    before = run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None
-    state = run.folder.round(round_index - 1) / STATE_NAME if round_index > anew + 1 else None
-    return Outer(
-        step_size,
-        momentum,
-        StoredTaskVector(before) if before and momentum and not remembers else None,
-        optimizer,
-        betas=(merge.outer_beta1, merge.outer_beta2),
-        epsilon=merge.outer_epsilon,
-        round_index=max(1, round_index - anew),
-        state=StoredTaskVector(state) if state and remembers else None,
-        leaves=folder / STATE_NAME if remembers and followed else None,
+    return make_outer(
+        merge,
+        round_index,
+        before=run.folder.round(round_index - 2) / "task_vector.safetensors" if round_index > 2 else None,
+        state=run.folder.round(round_index - 1) / STATE_NAME if round_index > anew + 1 else None,
+        leaves=folder / STATE_NAME if followed else None,
+        anew=anew,
     )
 
 
