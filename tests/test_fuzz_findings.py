@@ -188,6 +188,13 @@ def test_an_operator_without_a_name_of_its_own_is_explained(operator: dict[str, 
         merge_recipe_from_mapping({"base": "a/d", "experts": experts, "operator": operator})
 
 
+@pytest.mark.parametrize("operator", ["nobody's", 7, None])
+def test_an_unknown_operator_beside_unknown_rounds_is_explained(operator: Any) -> None:
+    recipe = {"model": "a/b", "tasks": {"one": {"data": "a/c"}}, "protocol": {"rounds": "many"}, "operator": operator}
+    with pytest.raises(RecipeError, match=r"operator[^$]*protocol\.rounds|protocol\.rounds[^$]*operator"):
+        recipe_from_mapping(recipe)
+
+
 def test_the_reader_of_operators_is_made_once() -> None:
     """Made for every operator that a comparison looks at, it took the paper's recipes more than 5 s."""
     assert operator_adapter() is operator_adapter()

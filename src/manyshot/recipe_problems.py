@@ -165,7 +165,9 @@ def cross_problems_of_broken(raw: dict[str, Any], source: Source, error: Validat
         found = [details["ctx"]["problems"] for details in rest.errors(include_url=False) if details["type"] == "cross"]
         doubtful: set[Key] = {("tasks",)} if num_tasks > 1 else set()  # may compare with a default rank
         if removed & {("protocol",), ("protocol", "rounds")}:  # how many rounds were meant is not known
-            doubtful |= {("operator", key) for key, value in kept["operator"].items() if isinstance(value, list)}
+            settings = kept.get("operator")
+            settings = settings if isinstance(settings, dict) else {}
+            doubtful |= {("operator", key) for key, value in settings.items() if isinstance(value, list)}
         problems = [(_split(key, raw), text) for one in found for key, text in one]
         return [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in problems if key not in doubtful]
     return []
