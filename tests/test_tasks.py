@@ -110,6 +110,7 @@ def test_to_example_puts_a_system_prompt_first_but_once() -> None:
         ({"prompt": "q", "completion": None}, "no usable columns; it has completion, prompt"),
         ({"messages": []}, "'messages' must be a list of messages, found list"),
         ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
+        ({"messages": [assistant("a")]}, "the assistant's message is the only one; it needs one before it"),
         ({"messages": [user("q")]}, "the last message must be the assistant's, found role 'user'"),
         ({"messages": [{"role": "user"}]}, "every message in 'messages' needs 'role' and a text 'content'"),
         ({"messages": [{"content": "q"}]}, "every message in 'messages' needs 'role'"),

@@ -107,6 +107,8 @@ def _prompt_and_completion(
         messages = _messages(row["messages"], where, "messages")
         if messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: the last message must be the assistant's, found role '{messages[-1]['role']}'")
+        if len(messages) == 1:
+            raise DataError(f"{where}: the assistant's message is the only one; it needs one before it to answer")
         return messages[:-1], messages[-1:]
     if columns == ("text",):
         return "", str(row["text"])
