@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import crash_harness
-from crash_harness import MARKER, Kill, Points, record, tear
+from crash_harness import MARKER, record
+from crash_life import Kill, Points, tear
 
 HARNESS = Path(crash_harness.__file__)
 
@@ -39,7 +40,7 @@ def test_crash_harness_sends_its_signal_at_the_point_it_names(tmp_path: Path, mo
     for point, name in (("fsync", "a"), ("write", "b"), ("fsync", "../elsewhere"), ("fsync", "b"), ("fsync", "c")):
         points.passing(point, tmp_path / "run" / name)
     assert sent == [signal.SIGTERM]
-    assert (tmp_path / "log").read_text() == "# fsync a\n# write b\n# fsync b\n# fsync c\n"
+    assert (tmp_path / "log").read_text() == "fsync a\nwrite b\nfsync b\nfsync c\n"
 
 
 def test_crash_harness_leaves_half_of_what_is_being_written(tmp_path: Path) -> None:
@@ -59,7 +60,8 @@ def test_crash_harness_leaves_half_of_what_is_being_written(tmp_path: Path) -> N
 def test_crash_harness_puts_its_result_on_top_of_the_table(tmp_path: Path) -> None:
     file = tmp_path / "reliability.md"
     file.write_text(f"# Text\n{MARKER}| date |\n| --- |\n| old |\nmore\n")
-    result = {"date": "2030-01-02", "seed": 1, "kills": 3, "signals": {"SIGKILL": 3}, "points": {"fsync": 3}, "runs": 3}
-    record(file, result | {"repeated_steps": 0, "seconds_per_kill": 1.5, "problems": []})
-    row = "| 2030-01-02 | 1 | 3 | SIGKILL 3 | fsync 3 | 3 | 0 | 1.5 s |"
+    result = {"date": "2030-01-02", "scenario": "tune", "seed": 1, "kills": 3, "runs": 3, "repeated_steps": 0}
+    result |= {"signals": {"SIGKILL": 3}, "points": {"fsync": 3}, "seconds_per_kill": 1.5, "problems": []}
+    record(file, result)
+    row = "| 2030-01-02 | `tune` | 1 | 3 | SIGKILL 3 | fsync 3 | 3 | 0 | 1.5 s |"
     assert file.read_text().split("\n")[1:] == [MARKER.strip(), "| date |", "| --- |", row, "| old |", "more", ""]
