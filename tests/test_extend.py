@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TASKS
+from manyshot import extend_command
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.extend_command import extend
 from manyshot.manifest import find_damages
@@ -63,6 +64,27 @@ def test_extend_ends_with_the_bytes_of_a_run_that_was_as_long_from_the_beginning
     again = contents(folder)
     run(runs.recipe(*LONG, *settings), folder, resume=True)
     assert contents(folder) == again
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["extend", "run --resume, then extend"])
+def test_extend_that_was_killed_before_the_longer_recipe_was_written_is_done_by_the_same_command(
+    resumed: bool, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished(runs, *SHORT, *NESTEROV)
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extend_command, "write_text", killed)
+        extend(folder)
+    assert not (folder / "round_001" / "merge.json").exists()  # it is to be made again
+    if resumed:
+        run(runs.recipe(*SHORT, *NESTEROV), folder, resume=True)
+    extend(folder)
+    assert rounds_of(folder) == rounds_of(runs.get(*LONG, *NESTEROV).folder)
+    assert [segment.rounds for segment in read_segments(folder)] == [1]
+    assert find_damages(folder, lambda text: None) == []
 
 
 def test_extend_adds_a_task_that_is_measured_everywhere_and_trained_from_now_on(runs: Runs) -> None:

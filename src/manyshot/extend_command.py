@@ -129,10 +129,13 @@ def _finished(folder: RunFolder) -> Recipe:
     if not folder.recipe.exists():
         raise RunFolderError(f"{folder.path}: holds no run (no recipe.yaml)")
     recipe = recipe_from_mapping(recipe_of(folder))
-    done = [r for r in range(1, recipe.protocol.rounds + 1) if (folder.round(r) / "DONE.json").exists()]
-    if len(done) < recipe.protocol.rounds or not folder.scores.exists():
+    rounds = recipe.protocol.rounds
+    if any(segment.rounds == rounds for segment in read_segments(folder.path)):
+        return recipe  # it had: a kill came while _note made a part of it, before the recipe was the longer one
+    done = [r for r in range(1, rounds + 1) if (folder.round(r) / "DONE.json").exists()]
+    if len(done) < rounds or not folder.scores.exists():
         raise RunFolderError(
-            f"{folder.path}: has finished {len(done)} of {recipe.protocol.rounds} rounds; first finish it by "
+            f"{folder.path}: has finished {len(done)} of {rounds} rounds; first finish it by "
             f"{resume_command(folder.path)}"
         )
     return recipe
