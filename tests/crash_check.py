@@ -89,8 +89,13 @@ def records_left(unbroken: Path, folder: Path, name: str) -> list[Path]:
 
 
 def scores_left(unbroken: Path, folder: Path) -> int:
-    """Tasks to score models on."""
-    return sum(len(read_json(file)) for file in records_left(unbroken, folder, "scores.json"))
+    """Tasks to score models on; a run's own scores.json, which gathers them, has no outputs beside it."""
+    records = records_left(unbroken, folder, "scores.json")
+    return sum(len(read_json(file)) for file in records if (file.parent / "outputs.json").exists())
+
+
+def merges_left(unbroken: Path, folder: Path) -> int:
+    return len(records_left(unbroken, folder, "merge.json"))
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ anything that the command tells, such as a training step. A SIGKILL in a write l
 of finished steps are the same files, not written again. At the end: the same bytes as the unbroken one, no finished
 step done again, nothing temporary left.
 
-What is killed, and how: crash_life.py. What is compared: crash_check.py. The commands: crash_run.py, crash_extend.py.
+What is killed, and how: crash_life.py. What is compared: crash_check.py. The commands: crash_run.py, crash_extend.py,
+crash_compare.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from crash_check import Case, contents, finished_files, leftovers, unlike
 from crash_life import Kill, Life, choose, live
 from manyshot.rundir import PARTIAL
 
-SCENARIOS = ("run", "extend")
+SCENARIOS = ("run", "extend", "compare")
 MARKER = "<!-- newest first; make test-crash adds a row -->\n"
 
 
