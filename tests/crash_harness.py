@@ -10,7 +10,7 @@ of finished steps are the same files, not written again. At the end: the same by
 step done again, nothing temporary left.
 
 What is killed, and how: crash_life.py. What is compared: crash_check.py. The commands: crash_run.py, crash_extend.py,
-crash_compare.py.
+crash_compare.py, crash_tune.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from crash_check import Case, contents, finished_files, leftovers, unlike
 from crash_life import Kill, Life, choose, live
 from manyshot.rundir import PARTIAL
 
-SCENARIOS = ("run", "extend", "compare")
+SCENARIOS = ("run", "extend", "compare", "tune")
 MARKER = "<!-- newest first; make test-crash adds a row -->\n"
 
 
