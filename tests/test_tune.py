@@ -19,7 +19,7 @@ from manyshot.inputs import Inputs
 from manyshot.manifest import MANIFEST
 from manyshot.progress import Event
 from manyshot.recipe_file import load_recipe, tune_recipe_from_mapping
-from manyshot.rundir import read_json, read_lines
+from manyshot.rundir import read_json, read_lines, remove
 from manyshot.runner import run
 from manyshot.steps import Run
 from manyshot.tune_plan import plan_tune
@@ -272,9 +272,23 @@ def test_a_search_of_the_first_round_leaves_the_other_rounds_to_the_run(raw: Jso
     assert contents(done.folder) == left
 
 
-def test_a_search_of_whole_runs_shares_round_1_and_finds_what_the_runs_find(raw: Json, tmp_path: Path) -> None:
+def test_a_search_of_whole_runs_shares_round_1_and_finds_what_the_runs_find(
+    raw: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make(raw, {"operator.scaling": [0.5, 1.0]}, rounds="all", sampler="grid")
-    result = interrupted(recipe, tmp_path / "search", lambda message: "trial 1 of 2" in message)
+
+    def killed(path: Path) -> None:
+        """In the middle of what is removed of the first trial when it is over."""
+        if not path.is_dir():
+            return remove(path)
+        (path / "losses.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tuning, "remove", killed)
+        tune(recipe, tmp_path / "search")
+    result = tune(recipe, tmp_path / "search", resume=True)
+    assert not list((result.folder / "trials").rglob("*.safetensors"))
     records = [read_lines(file) for file in result.folder.rglob("metrics.jsonl")]
     done = [line for lines in records for line in lines if line["kind"] == "phase"]
     assert sorted(line["round"] for line in done if line["phase"] == "local_update") == [1, 1, 2, 2, 2, 2]

@@ -247,6 +247,8 @@ def search(tuning: Tuning, index: int, attempt: Attempt) -> Trial:
     """Try settings until the budget ends; the best trial, the first of equals. What the journal holds is not redone."""
     recipe, folder, progress = tuning.recipe, tuning.folder, tuning.run.progress
     trials = read_trials(folder, index)
+    for trial in trials:
+        tidy(folder.trial(index, trial.number))  # where a kill came before
     end = read_end(folder, index)
     while end is None:
         why = spent(recipe, trials)
@@ -257,6 +259,7 @@ def search(tuning: Tuning, index: int, attempt: Attempt) -> Trial:
             trials.append(try_settings(tuning, index, trials, settings, attempt))
             write_trial(folder, trials[-1])
             progress.message(_line(recipe, index, trials))
+            tidy(folder.trial(index, trials[-1].number))
     chosen: Trial = trials[end["chosen"]]
     where = f"round {index}" if index else "whole runs"
     progress.message(f"{where}: trial {chosen.number + 1} is the best of {len(trials)}: {_shown(chosen)}")
@@ -299,10 +302,16 @@ def try_settings(tuning: Tuning, index: int, trials: Sequence[Trial], settings: 
         trial = judged(tuning, Trial(index, number, settings), measured)
     except FAILURES as error:
         trial = Trial(index, number, settings, error=failed(error)["error"])
-    for file in folder.iterdir():  # models; what was measured stays, for people: the journal has it all
-        if file.suffix not in (".json", ".jsonl") or file.name == MANIFEST:
-            remove(file)
     return replace(trial, seconds=round(time.monotonic() - began, 3))
+
+
+def tidy(folder: Path) -> None:
+    """Remove models of a trial that is over. What was measured stays, for people: the journal has it all."""
+    for file in sorted(folder.rglob(MANIFEST)):  # first: they name what goes
+        remove(file)
+    for file in sorted(folder.glob("*")):
+        if file.suffix not in (".json", ".jsonl"):
+            remove(file)
 
 
 def judged(tuning: Tuning, trial: Trial, measured: Json) -> Trial:
