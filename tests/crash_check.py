@@ -78,7 +78,8 @@ def steps_left(unbroken: Path, folder: Path) -> int:
 
 
 def _updates(folder: Path) -> list[tuple[str, int]]:
-    records = [read_json(file) for file in folder.rglob("local_update.json")]
+    files = [file for file in folder.rglob("local_update.json") if PARTIAL not in str(file.relative_to(folder))]
+    records = [read_json(file) for file in files]
     return [(record["key"], record["steps"]) for record in records]
 
 
@@ -96,6 +97,15 @@ def scores_left(unbroken: Path, folder: Path) -> int:
 
 def merges_left(unbroken: Path, folder: Path) -> int:
     return len(records_left(unbroken, folder, "merge.json"))
+
+
+def check_count(case: Case) -> Case:
+    """The case, if what its unbroken life did is what the records of it say; else nothing could be told of others."""
+    case.begin(case.folder)
+    expected = case.left(case.folder)
+    if {name: case.life.work[name] for name in expected} != expected:
+        raise SystemExit(f"{case.name}: its records speak of {dict(expected)}, and it did {dict(case.life.work)}")
+    return case
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conftest import TASKS
 from crash_check import Case, merges_left, scores_left, steps_left
-from crash_run import begin_empty, check_count, small_recipe, unbroken_life, write_recipe
+from crash_run import begin_empty, small_recipe, unbroken_life, write_recipe
 from manyshot import compare_outputs
 from manyshot.errors import MissingExtraError
 from run_helpers import ROWS
@@ -20,9 +22,14 @@ METHODS: dict[str, Any] = {
 }
 
 
-def cases(work: Path) -> list[Case]:
-    """Four cells at one place, five runs, which share the experts and the first round; and a task outside the mix."""
+def cases(work: Path) -> list[Callable[[], Case]]:
+    """What makes the one case."""
     compare_outputs.write_figures = no_figures
+    return [partial(case, work)]
+
+
+def case(work: Path) -> Case:
+    """Four cells at one place, five runs, which share the experts and the first round; and a task outside the mix."""
     mapping = small_recipe(work, {})
     kept = {key: mapping[key] for key in ("tasks", "preset", "protocol", "local_update", "evaluation")}
     kept["evaluation"].pop("experts")
@@ -40,7 +47,7 @@ def cases(work: Path) -> list[Case]:
         merges = merges_left(unbroken, folder)
         return Counter(steps=steps_left(unbroken, folder), scores=scores_left(unbroken, folder), merges=merges)
 
-    return [check_count(Case("grid", folder, unbroken, life, begin_empty, command, left))]
+    return Case("grid", folder, unbroken, life, begin_empty, command, left)
 
 
 def no_figures(*arguments: Any) -> tuple[list[Path], dict[str, str]]:

@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import manyshot.api
 import manyshot.cli
 import manyshot.runner  # noqa: F401 - for the lives
-from crash_check import Case, contents, finished_files, leftovers, unlike
+from crash_check import Case, check_count, contents, finished_files, leftovers, unlike
 from crash_life import Kill, Life, choose, live
 from manyshot.rundir import PARTIAL
 
@@ -114,13 +114,16 @@ def main() -> int:
     outcome = Outcome()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        cases: Sequence[Case] = importlib.import_module(f"crash_{options.scenario}").cases(work)
-        began, number = processor_time(), 0
+        to_make: list[Callable[[], Case]] = importlib.import_module(f"crash_{options.scenario}").cases(work)
+        cases: list[Case] = []
+        number, seconds = 0, 0.0
         while (done := outcome.kills.total()) < options.kills and not outcome.problems:
-            case, seed = cases[number % len(cases)], f"{options.seed}/{number}"
+            if number < len(to_make):
+                cases.append(check_count(to_make[number]()))
+            case, seed, began = cases[number % len(cases)], f"{options.seed}/{number}", processor_time()
             break_one(case, work / "life", seed, min(options.per_run, options.kills - done), outcome)
-            number += 1
-        result = summary(outcome, options, processor_time() - began, cases)
+            number, seconds = number + 1, seconds + processor_time() - began
+        result = summary(outcome, options, seconds, cases)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if options.json:
         options.json.write_text(json.dumps(result), "utf-8")

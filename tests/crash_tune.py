@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crash_check import Case, merges_left, scores_left, steps_left
-from crash_run import begin_empty, check_count, small_recipe, unbroken_life, write_recipe
+from crash_run import begin_empty, small_recipe, unbroken_life, write_recipe
 from manyshot import tune_outputs
 from manyshot.errors import MissingExtraError
 from manyshot.rundir import read_json, read_lines
@@ -30,9 +31,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def cases(work: Path) -> list[Case]:
+def cases(work: Path) -> list[Callable[[], Case]]:
+    """What makes the case of every search."""
     tune_outputs.require_matplotlib = no_figures
-    return [case(work, name, settings) for name, settings in RECIPES.items()]
+    return [partial(case, work, name, settings) for name, settings in RECIPES.items()]
 
 
 def no_figures() -> None:
@@ -55,7 +57,7 @@ def case(work: Path, name: str, settings: Mapping[str, Any]) -> Case:
             found += whole_runs_left(unbroken, folder, {key: life.work[key] - done_once[key] for key in done_once})
         return Counter(steps=found["steps"], merges=found["merges"], scores=scores_left(unbroken, folder))
 
-    return check_count(Case(name, folder, unbroken, life, begin_empty, command, left))
+    return Case(name, folder, unbroken, life, begin_empty, command, left)
 
 
 def whole_runs_left(unbroken: Path, folder: Path, of_all: Mapping[str, int]) -> Counter[str]:
