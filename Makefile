@@ -75,9 +75,14 @@ docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --keep-going --quiet -b html docs build/docs
 	@echo "build/docs/index.html"
 
-# 200 runs, each killed once and resumed; CI kills 20 times (tests/test_crash.py)
+# 200 runs, each killed once and resumed, then 60 kills of every other command that goes on; CI kills some of them
+# (tests/test_crash.py)
 test-crash: setup
 	$(BIN)/python tests/crash_harness.py --kills 200 --seed $(SEED) --record docs/reliability.md
+	for scenario in extend compare tune; do \
+		$(BIN)/python tests/crash_harness.py --scenario $$scenario --kills 60 --per-run 3 --seed $(SEED) \
+			--record docs/reliability.md || exit 1; \
+	done
 
 bench: setup
 	$(BIN)/python benchmarks/training_throughput.py
