@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from conftest import TASKS
 from manyshot import extend_command
+from manyshot.cli import app
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.extend_command import extend
 from manyshot.manifest import find_damages
@@ -85,6 +87,24 @@ def test_extend_that_was_killed_before_the_longer_recipe_was_written_is_done_by_
     assert rounds_of(folder) == rounds_of(runs.get(*LONG, *NESTEROV).folder)
     assert [segment.rounds for segment in read_segments(folder)] == [1]
     assert find_damages(folder, lambda text: None) == []
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_extend_that_is_interrupted_says_how_to_go_on(
+    longer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("before")
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        if longer:
+            recipe.write_text("after")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extend_command, "extend", interrupted)
+    ended = CliRunner().invoke(app, ["extend", str(tmp_path), "--quiet"])
+    again = f"manyshot run {recipe} --resume --output {tmp_path}" if longer else "the same command"
+    assert (ended.exit_code, ended.stderr) == (130, f"manyshot: interrupted; go on with {again}\n")
 
 
 def test_extend_adds_a_task_that_is_measured_everywhere_and_trained_from_now_on(runs: Runs) -> None:

@@ -136,9 +136,15 @@ def extend(
 
         return extend_run(run_folder, rounds, steps, overrides or [], listener=listen)
 
-    _watch(
-        start, run_folder, f"manyshot run {run_folder / 'recipe.yaml'} --resume --output {run_folder}", quiet, as_json
-    )
+    recipe = run_folder / "recipe.yaml"
+    before = recipe.read_bytes() if recipe.is_file() else None
+
+    def again() -> str:
+        if recipe.is_file() and recipe.read_bytes() != before:  # the run is the longer one now
+            return f"manyshot run {recipe} --resume --output {run_folder}"
+        return "the same command"
+
+    _watch(start, run_folder, again, quiet, as_json)
 
 
 @app.command()
@@ -164,11 +170,13 @@ def _run(recipe: Recipe, output: Path, resume: bool, force: bool, repair: bool, 
 
         return run_recipe(recipe, output, resume=resume, force=force, repair=repair, listener=listen)
 
-    _watch(start, output, f"--resume --output {output}", quiet, as_json)
+    _watch(start, output, lambda: f"--resume --output {output}", quiet, as_json)
 
 
-def _watch(start: Callable[[Listener], RunResult], output: Path, again: str, quiet: bool, as_json: bool) -> None:
-    """Start a run and show how it goes, and what came of it; `again` is how to go on with one that was interrupted."""
+def _watch(
+    start: Callable[[Listener], RunResult], output: Path, again: Callable[[], str], quiet: bool, as_json: bool
+) -> None:
+    """Start a run and show how it goes, and what came of it; `again`: how to go on with one that was interrupted."""
     from manyshot.cli_live import LiveView
     from manyshot.cli_view import open_view, show_result
 
@@ -178,7 +186,7 @@ def _watch(start: Callable[[Listener], RunResult], output: Path, again: str, qui
             result = start(view.listen)
         except KeyboardInterrupt:
             view.close()
-            print(f"manyshot: interrupted; go on with {again}", file=sys.stderr)
+            print(f"manyshot: interrupted; go on with {again()}", file=sys.stderr)
             raise typer.Exit(130) from None
     show_result(result, quiet=quiet, as_json=as_json)
 
