@@ -93,7 +93,8 @@ def tear(point: str, path: Path, rng: random.Random) -> None:
     """Make of a write, or a removal, what a kill in the middle of it leaves."""
     if point == "write":
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-        if files:
+        # a hard link to a file of another step is there or not: nothing of it is written
+        if files := [file for file in files if file.stat().st_nlink == 1]:
             file = rng.choice(files)
             os.truncate(file, rng.randrange(file.stat().st_size + 1))
     elif point == "appended":

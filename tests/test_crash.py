@@ -69,6 +69,10 @@ def test_crash_harness_leaves_half_of_what_is_being_written(tmp_path: Path) -> N
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder/a", "folder/b", "log"):
         (tmp_path / name).write_text("0123456789")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "file").hardlink_to(tmp_path / "log")
+    tear("write", tmp_path / "linked", random.Random(0))
+    assert (tmp_path / "log").read_text() == "0123456789"
     tear("write", tmp_path / "file", random.Random(0))
     tear("write", tmp_path / "folder", random.Random(1))
     tear("appended", tmp_path / "log", random.Random(0))
