@@ -88,6 +88,19 @@ def test_every_cell_of_the_grid_is_done_and_scored(done: CompareResult) -> None:
         assert [len(values) for values in one["example_scores"].values()] == [6, 6]
 
 
+@pytest.mark.slow  # two more processes load torch, transformers and peft
+def test_two_workers_come_to_the_results_of_one_process(raw: Json, done: CompareResult, tmp_path: Path) -> None:
+    heard: list[Event] = []
+    found = compare(make(raw), tmp_path / "done", workers=2, listener=heard.append)
+    timed = ("seconds", "peak_memory_bytes")
+    whole, parts = (
+        [{k: v for k, v in one.items() if k not in timed} for one in r.results["cells"]] for r in (done, found)
+    )
+    assert parts == whole
+    assert sorted(path.name for path in found.folder.iterdir()) == sorted(path.name for path in done.folder.iterdir())
+    assert {event.task for event in heard if event.kind == "advance"} >= set(PAIR)
+
+
 def test_a_many_shot_cell_is_the_run_of_the_same_recipe(raw: Json, done: CompareResult, tmp_path: Path) -> None:
     one = cell_of(done.results, "metis", "many_shot")
     recipe = recipe_from_mapping(

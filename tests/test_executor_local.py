@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import pytest
 from executor_jobs import Named, die, die_once, fail_on_one, look, meet
 from manyshot import executor_choice
 from manyshot.errors import RecipeError, WorkerError
-from manyshot.executor_choice import check_memory, make_pins, open_executor, threads_of
+from manyshot.executor_choice import check_memory, make_pins, open_cells, open_executor, threads_of
+from manyshot.executors import LocalExecutor
 from manyshot.inputs import check_inputs
 from manyshot.progress import Event, Progress
 from manyshot.remote_job import LOGS, TOLD
@@ -118,6 +122,44 @@ def test_worker_executor_gives_up_on_a_job_that_is_always_killed(pool: WorkerExe
     assert pool.map(look, named(tmp_path, 1), Progress())[0].number == 0  # the pool goes on
 
 
+def test_worker_executor_keeps_a_log_for_each_of_two_jobs_of_one_name(pool: WorkerExecutor, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"trying_1\.log has the traceback"):
+        pool.map(fail_on_one, [Named(3, tmp_path), Named(1, tmp_path), Named(1, tmp_path)], Progress())
+    logs = {file.name: file.read_text() for file in (pool.folder / LOGS).glob("*trying_*.log")}
+    assert {name: text.count("KeyError: 'gone'") for name, text in logs.items()} == {
+        f"round_1_task_t1_trying_{i}.log": 1 for i in (1, 2)
+    }
+
+
+# a file, so that its worker can import it
+PARENT = """
+import os, time
+from pathlib import Path
+def sleep(job, progress):
+    Path("partial").write_text(str(os.getpid()))
+    Path("partial").rename("worker")
+    time.sleep(60)
+if __name__ == "__main__":
+    from manyshot.progress import Progress
+    from manyshot.workers import Pin, WorkerExecutor
+    with WorkerExecutor(Path(), [Pin()], 1, 0) as executor:
+        executor.map(sleep, [0], Progress())
+"""
+
+
+def test_worker_executor_leaves_no_worker_when_its_own_process_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    with subprocess.Popen([sys.executable, "parent.py"], stdout=subprocess.PIPE, cwd=tmp_path) as parent:
+        while not (tmp_path / "worker").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+        parent.kill()
+        assert parent.stdout is not None
+        parent.stdout.read()  # ends when the worker, which has it too, has ended
+    mark = Path(f"/proc/{(tmp_path / 'worker').read_text()}/stat")
+    assert not mark.exists() or mark.read_text().rpartition(")")[2].split()[0] == "Z"  # ended, if not yet taken note of
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +188,19 @@ def test_workers_take_turns_at_gpus_and_refuse_those_that_are_not_there(
         recipe = runs.recipe("executor.workers=2", *wrong)
         with pytest.raises(RecipeError, match=match):
             make_pins(recipe, recipe.executor)
+
+
+def test_cells_of_a_comparison_share_threads_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_choice.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(executor_choice.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(executor_choice, "default_threads", lambda: 6)
+    with open_cells(tmp_path, 3, "auto") as executor:
+        assert isinstance(executor, WorkerExecutor) and executor.threads == 2
+        assert [pin.device for pin in executor.pins] == [0, 1, 0]
+    with open_cells(tmp_path, 2, "cuda:1") as executor:
+        assert isinstance(executor, WorkerExecutor) and [pin.device for pin in executor.pins] == [None, None]
+    with open_cells(tmp_path, 1, "auto") as executor:
+        assert isinstance(executor, LocalExecutor)
 
 
 def test_workers_that_memory_does_not_hold_are_refused_with_both_numbers(

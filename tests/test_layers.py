@@ -27,10 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "run_lock": {"errors", "process_mark", "rundir"},
     "memory": set(),
     "progress": {"memory", "rundir", "secret_text"},
-    "executors": {"errors", "memory", "progress"},
+    "executors": {"progress"},
     "executor_spec": {"task_spec"},
     "remote_job": {"disk", "errors", "memory", "progress", "rundir", "secret_text"},
-    "workers": {"errors", "executors", "progress", "remote_job", "rundir"},
+    "workers": {"errors", "progress", "remote_job", "rundir"},
     "executor_choice": {
         *{"engine", "errors", "executor_spec", "executors", "inputs", "inspect_recipe", "memory", "models", "progress"},
         *{"ray_executor", "recipe", "workers"},
@@ -300,7 +300,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "comparison": {
         *{"compare_folder", "compare_inputs", "compare_jobs", "compare_outputs", "compare_place", "compare_plan"},
-        *{"compare_recipe", "compare_results", "compare_trials", "disk", "executors", "manifest", "progress"},
+        *{"compare_recipe", "compare_results", "compare_trials", "disk", "executor_choice", "manifest"},
+        "progress",
         *{"run_lock", "rundir"},
     },
     "compare_statistics": {"errors", "rundir"},

@@ -173,6 +173,8 @@ def test_manifest_in_what_is_half_written_does_not_count(run_folder: Path) -> No
         [],
         {"a": {}},
         {"a": {"step": "merge", "bytes": "1", "sha256": ""}},
+        {"a": {"step": "merge", "bytes": -1, "sha256": ""}},
+        {"a": {"step": "merge", "bytes": 10**400, "sha256": ""}},
         {"/etc/passwd": {"step": "merge", "bytes": 1, "sha256": ""}},
         {"b/../../a": {"step": "merge", "bytes": 1, "sha256": ""}},
         {"": {"step": "merge", "bytes": 1, "sha256": ""}},

@@ -51,6 +51,10 @@ class BenchmarkJob:
     benchmarks: Mapping[str, Benchmark]
     harness: Harness
 
+    @property
+    def label(self) -> str:
+        return f"{self.folder.parent.name}: benchmarks"
+
 
 def run_benchmarks(job: BenchmarkJob, progress: Progress) -> None:
     """Ask what was not asked before, with one load of the model; read_benchmarks() has the answers."""

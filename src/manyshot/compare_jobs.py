@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manyshot.base_model import BaseModel
 from manyshot.benchmark_spec import Benchmark, Harness
 from manyshot.compare_benchmarks import BenchmarkJob, read_benchmarks, run_benchmarks
@@ -49,12 +47,16 @@ class ReferenceJob:
     folder: Path
     validation: bool
 
+    @property
+    def label(self) -> str:
+        return f"{self.folder.name}: reference"
+
 
 @dataclass(frozen=True)
 class TrialJob:
     """One run of the grid. `scored` trials end with the test splits; candidates of a grid never see them."""
 
-    name: str
+    label: str
     recipe: Recipe
     base: BaseModel
     tasks: tuple[Task, ...]
@@ -72,11 +74,6 @@ class TrialJob:
         """Named after the tasks outside the mix: others may be asked for when the trial is long done."""
         tasks = [[task.name, task.digest(), task.settings()] for task in self.retention]
         return self.folder / f"retention-{content_key(tasks)[:12]}"
-
-
-def limit_threads(threads: int) -> None:
-    """How a worker process begins: two that use all processors each would wait for each other."""
-    torch.set_num_threads(min(threads, torch.get_num_threads()))  # fewer where OMP_NUM_THREADS says so
 
 
 def failed(error: Exception) -> Json:
@@ -138,9 +135,9 @@ def run_trial(job: TrialJob, progress: Progress) -> Json:
                 _score(job, own)
     except FAILURES as error:
         outcome = failed(error)
-        progress.message(f"{job.name}: failed: {outcome['error']}")
+        progress.message(f"{job.label}: failed: {outcome['error']}")
         return outcome
-    progress.message(f"{job.name}: {_outcome(job)}")
+    progress.message(f"{job.label}: {_outcome(job)}")
     return {"status": "done"}
 
 

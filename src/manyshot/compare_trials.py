@@ -45,7 +45,7 @@ def trial_job(run: Comparison, cell: Cell, candidate: Candidate, *, scored: bool
     kind = "joint" if joint else candidate.operator.name
     name = f"{kind}-{cell.protocol}-{len(current.tasks)}tasks-seed{place.seed}-{key[:12]}"
     return TrialJob(
-        name=cell.name,
+        label=cell.name,
         recipe=with_tasks(recipe, run.recipe, (*run.set_tasks(place), *run.recipe.retention)) if scored else recipe,
         base=current.base,
         tasks=current.tasks,

@@ -14,7 +14,7 @@ from typing import Any
 
 from manyshot.compare_folder import CompareFolder, claim, describe
 from manyshot.compare_inputs import check_all_inputs, check_space
-from manyshot.compare_jobs import TRIAL, TrialJob, limit_threads, run_trial
+from manyshot.compare_jobs import TRIAL, TrialJob, run_trial
 from manyshot.compare_outputs import write_outputs
 from manyshot.compare_place import (
     Comparison,
@@ -32,7 +32,7 @@ from manyshot.compare_recipe import Candidate, CompareRecipe
 from manyshot.compare_results import References, collect
 from manyshot.compare_trials import candidate_of, settings_of, trial_job, tune
 from manyshot.disk import disk_errors
-from manyshot.executors import Executor, LocalExecutor, ProcessExecutor
+from manyshot.executor_choice import open_cells
 from manyshot.manifest import check_files
 from manyshot.progress import Listener, Progress
 from manyshot.run_lock import clear, one_writer
@@ -82,9 +82,7 @@ def compare(
         describe(folder, recipe, inputs, command)
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
-        executor: Executor = LocalExecutor()
-        if workers > 1:
-            executor = stack.enter_context(ProcessExecutor(workers, limit_threads))
+        executor = stack.enter_context(open_cells(output, workers, recipe.local_update.device))
         run = Comparison(recipe, folder, inputs, executor, progress)
         for model in recipe.models:
             tune(run, model)

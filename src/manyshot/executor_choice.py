@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,6 +70,19 @@ def open_executor(recipe: Recipe, folder: Path, inputs: Inputs, progress: Progre
         yield workers
 
 
+@contextmanager
+def open_cells(folder: Path, workers: int, device: str) -> Iterator[Executor]:
+    """For the cells of a comparison in `folder`: so many at once, with a share of torch's threads each, and of GPUs."""
+    if workers == 1:
+        yield LocalExecutor()
+        return
+    gpus = devices_of(device, ())
+    pins = [Pin(device=gpus[i % len(gpus)] if gpus else None) for i in range(workers)]
+    threads = min(torch.get_num_threads(), max(1, default_threads() // workers))
+    with WorkerExecutor(folder, pins, threads, LocalExecution().max_retries) as executor:
+        yield executor
+
+
 def paths_of(recipe: Recipe, inputs: Inputs) -> list[Path]:
     """What tasks read outside the run folder."""
     return [inputs.base.path, *(Path(spec.expert) for spec in recipe.tasks.values() if spec.expert)]
@@ -84,7 +97,7 @@ def make_pins(recipe: Recipe, spec: LocalExecution) -> list[Pin]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if threads > (there := len(cores) if cores else default_threads()):
         raise RecipeError(f"executor.threads: {threads} for each task, and this process may use {there} cores")
-    devices = devices_of(recipe, spec)
+    devices = devices_of(recipe.local_update.device, spec.devices)
     pins = []
     for i in range(spec.workers):
         own = tuple(cores[(i * threads + j) % len(cores)] for j in range(threads)) if cores else None
@@ -92,21 +105,21 @@ def make_pins(recipe: Recipe, spec: LocalExecution) -> list[Pin]:
     return pins
 
 
-def devices_of(recipe: Recipe, spec: LocalExecution) -> list[int]:
-    """Numbers of the GPUs that workers take turns at; empty where they are not told apart.
+def devices_of(device: str, asked: Sequence[int]) -> list[int]:
+    """Numbers of the GPUs that workers take turns at, all there are where none is asked for; empty: not told apart.
 
-    Raises RecipeError for a GPU that is not there, or where the recipe computes elsewhere.
+    Raises RecipeError for a GPU that is not there, or where the recipe computes elsewhere (`local_update.device`).
     """
-    device, there = recipe.local_update.device, torch.cuda.device_count()
+    there = torch.cuda.device_count()
     if device not in ("auto", "cuda"):
-        if spec.devices:
+        if asked:
             text = f"tasks compute on local_update.device: {device}; set it to auto, or leave executor.devices out"
             raise RecipeError(f"executor.devices: {text}")
         return []
-    if wrong := [number for number in spec.devices if number >= there]:
+    if wrong := [number for number in asked if number >= there]:
         gpus = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0" if there else "no GPU that torch can use"
         raise RecipeError(f"executor.devices: {wrong[0]}, and this machine has {gpus}")
-    return list(spec.devices or range(there))
+    return list(asked or range(there))
 
 
 def check_memory(recipe: Recipe, inputs: Inputs, pins: list[Pin]) -> None:

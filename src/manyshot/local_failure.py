@@ -35,7 +35,7 @@ class Attempt:
 
     @property
     def label(self) -> str:
-        return f"round {self.job.round_index}, task '{self.job.task.name}': local update"
+        return self.job.label
 
 
 def try_local_update(attempt: Attempt, progress: Progress) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class LocalUpdateJob:
         return f"round {self.round_index}, task '{self.task.name}'"
 
     @property
+    def label(self) -> str:
+        return f"{self.where}: local update"
+
+    @property
     def keeps_optimizer(self) -> bool:
         """Whether a round follows that goes on with the optimizer's state."""
         kept = self.recipe.local_update.optimizer_state == "kept"

@@ -24,6 +24,8 @@ Json = dict[str, Any]
 MANIFEST = "manifest.json"
 # files hashed at once, and from how many bytes on a person is told that it takes a while
 THREADS, LONG = 4, 10**9
+# what no file's size reaches on any system
+LARGEST = 2**63
 # what may be removed as a whole, to save space: a resume makes it anew
 REMADE = "merged"
 # what a step looks at to know whether it has been done
@@ -132,7 +134,9 @@ def _is_entry(name: str, entry: object) -> bool:
     path = PurePosixPath(name)
     inside = bool(name) and not path.is_absolute() and ".." not in path.parts
     types = {"step": str, "bytes": int, "sha256": str}
-    return inside and isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == types
+    if not inside or not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != types:
+        return False
+    return 0 <= int(entry["bytes"]) < LARGEST
 
 
 def known_digest(file: Path) -> str:

@@ -22,7 +22,7 @@ from manyshot.errors import MissingExtraError, WorkerError
 from manyshot.executor_spec import RayExecution
 from manyshot.progress import Progress
 from manyshot.remote_code import CONSENT
-from manyshot.remote_job import TOLD, Outcome, Place, Relay, label_of, place_of, results_of, run_job
+from manyshot.remote_job import Outcome, Place, Relay, label_of, places_of, results_of, run_job
 from manyshot.rundir import PARTIAL, remove
 
 Job = TypeVar("Job")
@@ -246,7 +246,7 @@ class RayExecutor:
         } | ({"memory": spec.memory} if spec.memory else {})
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
-        places = [place_of(self.folder, job, i, self.threads) for i, job in enumerate(jobs)]
+        places = places_of(self.folder, jobs, self.threads)
         relay, outcomes = Relay(self.folder, places, progress), dict[int, Outcome[Result]]()
         hidden, consent = self.spec.num_gpus == 0, os.environ.get(CONSENT)
         pending = {}
@@ -265,7 +265,7 @@ class RayExecutor:
         finally:
             for ref in pending:  # after an error here nobody wants them
                 self._ray.cancel(ref, force=True)
-            remove(self.folder / TOLD)
+            relay.close()
         return results_of(outcomes, progress)
 
     def _outcome(self, ref: Any, label: str, place: Place) -> Outcome[Any]:

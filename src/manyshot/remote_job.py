@@ -52,10 +52,11 @@ def label_of(job: object, position: int) -> str:
     return str(getattr(job, "label", f"job {position + 1}"))
 
 
-def place_of(folder: Path, job: object, position: int, threads: int) -> Place:
-    """The files of a job of the run in `folder`."""
-    name = re.sub(r"[^\w.-]+", "_", label_of(job, position)).strip("_")
-    return Place(folder / TOLD / f"{position}.jsonl", folder / LOGS / f"{name}.log", threads)
+def places_of(folder: Path, jobs: Sequence[object], threads: int) -> list[Place]:
+    """The files of jobs that go on at once, of the run or comparison in `folder`."""
+    names = [re.sub(r"[^\w.-]+", "_", label_of(job, i)).strip("_") for i, job in enumerate(jobs)]
+    logs = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    return [Place(folder / TOLD / f"{i}.jsonl", folder / LOGS / f"{log}.log", threads) for i, log in enumerate(logs)]
 
 
 # ---- where the job runs ----------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def run_job(function: Callable[[Job, Progress], Result], job: Job, label: str, p
             traceback.print_exc()
             text = redacted(f"{label}: {type(error).__name__}: {error}".strip().rstrip(":."))
             return Outcome(error=WorkerError(f"{text}; {place.log} has the traceback"))
-    _drop_log(place.log)
+    remove(place.log)  # what a job printed that came to its end is of no use to anyone
     return outcome
 
 
@@ -115,13 +116,6 @@ def _flush() -> None:
             stream.flush()
 
 
-def _drop_log(log: Path) -> None:
-    """What a job printed that came to its end is of no use to anyone."""
-    remove(log)
-    if not any(log.parent.iterdir()):
-        log.parent.rmdir()
-
-
 # ---- where the jobs come from ----------------------------------------------------------------------------------------
 
 
@@ -130,7 +124,7 @@ class Relay:
 
     def __init__(self, folder: Path, places: Sequence[Place], progress: Progress) -> None:
         remove(folder / TOLD)
-        self.progress = progress
+        self.folder, self.progress = folder, progress
         self._files = {position: place.told for position, place in enumerate(places)}
         self._read = dict.fromkeys(self._files, 0)
 
@@ -138,6 +132,14 @@ class Relay:
         """Pass on what is new. A line that is not all there yet waits."""
         for position, file in self._files.items():
             self._read[position] = pass_on(file, self._read[position], self.progress, job=position)
+
+    def close(self) -> None:
+        """All jobs have ended: nothing is left but the logs of those that failed."""
+        self.poll()
+        remove(self.folder / TOLD)
+        logs = self.folder / LOGS
+        if logs.is_dir() and not any(logs.iterdir()):
+            logs.rmdir()
 
 
 def results_of(outcomes: dict[int, Outcome[Result]], progress: Progress) -> list[Result]:

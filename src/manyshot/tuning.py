@@ -222,7 +222,7 @@ def try_run(tuning: Tuning, settings: Settings, folder: Path) -> Json:
     """One run of all rounds, measured."""
     run = tuning.run
     job = TrialJob(
-        name=f"trial {folder.name}",
+        label=f"trial {folder.name}",
         recipe=with_settings(run.recipe, settings),
         base=run.base,
         tasks=run.tasks,

@@ -20,9 +20,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from manyshot.errors import WorkerError
-from manyshot.executors import end_with_parent
 from manyshot.progress import Progress
-from manyshot.remote_job import TOLD, Outcome, Relay, label_of, place_of, results_of, run_job
+from manyshot.remote_job import TOLD, Outcome, Relay, label_of, places_of, results_of, run_job
 from manyshot.rundir import remove
 
 Job = TypeVar("Job")
@@ -77,7 +76,7 @@ class WorkerExecutor:
         self._workers: list[_Worker | None] = [None] * len(self.pins)
 
     def map(self, function: Callable[[Job, Progress], Result], jobs: Sequence[Job], progress: Progress) -> list[Result]:
-        places = [place_of(self.folder, job, i, self.threads) for i, job in enumerate(jobs)]
+        places = places_of(self.folder, jobs, self.threads)
         relay, waiting, tries = Relay(self.folder, places, progress), deque(range(len(jobs))), [0] * len(jobs)
         outcomes: dict[int, Outcome[Result]] = {}
         for slot in range(min(len(jobs), len(self._workers))):
@@ -113,7 +112,7 @@ class WorkerExecutor:
                     self._workers[self._workers.index(worker)] = None
                     lost(i, worker)
             relay.poll()
-        remove(self.folder / TOLD)
+        relay.close()
         return results_of(outcomes, progress)
 
     def _ready(self, slot: int) -> _Worker | None:
@@ -135,7 +134,7 @@ class WorkerExecutor:
 
 def _serve(connection: Connection, cores: Sequence[int] | None) -> None:
     """The worker: one job after the other, until nobody has any more for it."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the caller ends its workers itself
     if cores is not None:
         os.sched_setaffinity(0, cores)  # before torch counts them
@@ -148,6 +147,14 @@ def _serve(connection: Connection, cores: Sequence[int] | None) -> None:
             connection.send(Outcome(error=WorkerError(f"a worker cannot read its job ({error})")))
             continue
         connection.send(run_job(*asked))
+
+
+def _end_with_parent() -> None:
+    """A killed parent's lock is free for others, so its workers may not go on writing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextmanager
@@ -174,7 +181,6 @@ def _how(code: int | None) -> str:
 def _advice(log: Path) -> str:
     more = f"; {log} has what it printed" if log.exists() else ""
     return (
-        "most often there is too little memory for so many, so use fewer executor.workers; or a script that starts "
-        f"them has no `if __name__ == '__main__':` around it{more}. What was finished stays, and a resume goes on from "
-        "there"
+        "most often there is too little memory for so many, so use fewer workers; or a script that starts them has no "
+        f"`if __name__ == '__main__':` around it{more}. What was finished stays, and a resume goes on from there"
     )
