@@ -16,8 +16,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -155,22 +157,13 @@ def tiny_recipe(folder: Path, tasks: int, rounds: int) -> Recipe:
     return recipe_from_mapping(mapping, ["operator=mean"])
 
 
-def lose_nodes(cluster: Any, rounds: int, heard: threading.Event) -> None:
-    """Whenever a local update has begun in a new round, remove a node and add one."""
-    for _ in range(rounds):
-        heard.wait()
-        heard.clear()
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-
-
 def time_cluster(tasks: int, rounds: int) -> None:
     """A whole run on four nodes of one core, one lost in every round."""
     ray = import_ray(3)
     from ray.cluster_utils import Cluster
 
     torch.set_num_threads(1)
-    cluster, begun = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), threading.Event()
+    cluster, begun = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), Queue[int]()
     for _ in range(NODES):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -179,16 +172,26 @@ def time_cluster(tasks: int, rounds: int) -> None:
     def listen(event: Event) -> None:
         if event.kind == "start" and event.phase == "local_update" and event.round_index not in seen:
             seen.add(event.round_index)
-            begun.set()
+            begun.put(event.round_index)
 
-    threading.Thread(target=lose_nodes, args=(cluster, rounds, begun), daemon=True).start()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(1) as thread:
         recipe = tiny_recipe(Path(place), tasks, rounds)
         executor = _ClockedExecutor(_Clocked(ray), RayExecution(name="ray"), Path(place) / "run", 1)
         began = time.perf_counter()
-        done = run_recipe(recipe, Path(place) / "run", executor=executor, listener=listen)
-        wall = time.perf_counter() - began
-    print(f"{tasks} tasks × {rounds} rounds on {NODES} nodes, {len(seen)} of them lost: {wall:.0f} s")
+        # in a thread, since Ray adds nodes in the main one alone
+        running = thread.submit(run_recipe, recipe, Path(place) / "run", executor=executor, listener=listen)
+        lost = 0
+        while not running.done():
+            try:
+                begun.get(timeout=0.2)
+            except Empty:
+                continue
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+            lost += 1
+            print(f"round {max(seen)} has begun, a node is lost: {time.perf_counter() - began:.0f} s", flush=True)
+        done, wall = running.result(), time.perf_counter() - began
+    print(f"{tasks} tasks × {rounds} rounds on {NODES} nodes, {lost} of them lost: {wall:.0f} s")
     print(f"rounds finished: {len(done.scores['rounds'])}, tasks: {len(done.scores['tasks'])}")
     print(f"driver overhead: {executor.own / rounds:.2f} s a round (all maps, without waiting for tasks)")
     ray.shutdown()
