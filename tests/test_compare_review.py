@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conftest import TASKS
 from manyshot import compare_jobs
@@ -210,12 +209,6 @@ def test_force_leaves_a_folder_that_holds_a_recipe_of_that_name(raw: Json, tmp_p
         with pytest.raises(RunFolderError, match=r"holds no compare\.yaml and environment\.json"):
             compare(make(raw), tmp_path, **flag)
     assert (tmp_path / "thesis.tex").exists()
-
-
-def test_a_worker_takes_no_more_threads_than_it_was_given() -> None:
-    given = torch.get_num_threads()
-    compare_jobs.limit_threads(given + 7)
-    assert torch.get_num_threads() == given
 
 
 def test_quiet_prints_the_reports_path_and_nothing_else(

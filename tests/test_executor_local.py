@@ -197,7 +197,9 @@ def test_cells_of_a_comparison_share_threads_and_gpus(tmp_path: Path, monkeypatc
     with open_cells(tmp_path, 3, "auto") as executor:
         assert isinstance(executor, WorkerExecutor) and executor.threads == 2
         assert [pin.device for pin in executor.pins] == [0, 1, 0]
+    monkeypatch.setattr(executor_choice, "default_threads", lambda: 16)
     with open_cells(tmp_path, 2, "cuda:1") as executor:
+        assert isinstance(executor, WorkerExecutor) and executor.threads == 4  # no more than this process was given
         assert isinstance(executor, WorkerExecutor) and [pin.device for pin in executor.pins] == [None, None]
     with open_cells(tmp_path, 1, "auto") as executor:
         assert isinstance(executor, LocalExecutor)

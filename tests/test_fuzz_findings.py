@@ -21,6 +21,7 @@ from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, R
 from manyshot.inspect_input import open_round
 from manyshot.live_metrics import MetricsTail
 from manyshot.live_state import LiveRun
+from manyshot.model_guard import as_one_error
 from manyshot.models import load_config, load_tokenizer, meta_model
 from manyshot.operator_choice import operator_adapter
 from manyshot.peft_adapter import PATTERN, read_adapter
@@ -289,6 +290,8 @@ def test_factors_of_another_shape_are_refused(tmp_path: Path, entry: Any) -> Non
         ("config.json", "initializer_range", 0),
         ("config.json", "num_attention_heads", 0),
         ("config.json", "model_type", 7),
+        ("config.json", "num_hidden_layers", 2**53 + 1),
+        ("config.json", "text_config", {"num_local_experts": 1e300}),
         ("tokenizer.json", "model", {"type": "none of them"}),
         ("tokenizer.json", "added_tokens", [{}]),
         ("tokenizer_config.json", "tokenizer_class", 3),
@@ -306,6 +309,17 @@ def test_what_transformers_cannot_read_is_an_error_that_names_the_folder(
         load_config(folder)
         meta_model(folder)
         load_tokenizer(folder)
+
+
+def test_a_library_that_panics_is_an_error_and_an_interrupt_stays_one() -> None:
+    panic = type("PanicException", (BaseException,), {})  # what the Rust libraries raise
+    with (
+        pytest.raises(ModelError, match="its tokenizer cannot be loaded \\(index out of bounds"),
+        as_one_error("its tokenizer cannot be loaded"),
+    ):
+        raise panic("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), as_one_error("its tokenizer cannot be loaded"):
+        raise KeyboardInterrupt
 
 
 def test_the_tiny_model_itself_is_fine(tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ ALLOWED: dict[str, set[str]] = {
     "examples": {"data_files", "errors", "task_spec"},
     "tasks": {"content", "data_files", "errors", "examples", "recipe", "seeding", "sources", "task_spec"},
     "metrics": {"demo", "errors", "examples"},
+    "model_guard": {"errors"},
     "models": {
+        "model_guard",
         *{"remote_code", "errors", "launch_spec", "recipe", "rundir", "seeding", "spread", "task_vector"},
         *{"tensor_writer", "tensors"},
     },

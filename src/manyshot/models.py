@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyshot.errors import ManyshotError, ModelError, suggestion
+from manyshot.errors import ModelError, suggestion
 from manyshot.launch_spec import read_launch
+from manyshot.model_guard import as_one_error, refuse_endless
 from manyshot.recipe import LocalUpdate, Recipe
 from manyshot.remote_code import consented
 from manyshot.rundir import atomic_folder, write_json
@@ -95,17 +96,6 @@ def _check_device(device: str) -> None:
         )
 
 
-@contextmanager
-def _library(what: str) -> Iterator[None]:
-    """Whatever transformers raises, from inside of all that it builds of a folder's files, as one error."""
-    try:
-        yield
-    except (ManyshotError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - of any type, those of the Rust libraries have none of their own
-        raise ModelError(f"{what} ({error})") from None
-
-
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token. One of the same content is not loaded twice in a row."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jinja", ".model", ".txt")]
@@ -116,7 +106,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def _load_tokenizer(folder: Path, trust_remote_code: bool, digests: tuple[str, ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with _library(f"{folder}: its tokenizer cannot be loaded"):
+    with as_one_error(f"{folder}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=consented(trust_remote_code))
         tokenizer.encode("a")  # some settings of another kind show only here
     if tokenizer.pad_token_id is None:
@@ -130,7 +120,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model folder."""
     from transformers import AutoConfig
 
-    with _library(f"{folder}: its config.json cannot be used"):
+    refuse_endless(folder / "config.json")
+    with as_one_error(f"{folder}: its config.json cannot be used"):
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=consented(trust_remote_code))
 
 
@@ -139,7 +130,7 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    with _library(f"{folder}: no causal language model can be made from its config.json"), torch.device("meta"):
+    with as_one_error(f"{folder}: no causal language model can be made from its config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=consented(trust_remote_code))
 
 
@@ -170,7 +161,7 @@ def _from_pretrained(folder: Path, placement: Placement, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     attention = {"attn_implementation": placement.attention} if placement.attention else {}  # None is a choice too
-    with _library(f"{folder}: the model cannot be loaded"):
+    with as_one_error(f"{folder}: the model cannot be loaded"):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             **attention,
@@ -386,7 +377,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # the de-quantisation draws a progress bar that cannot be turned off
-    with _library(f"{file}: cannot be read as GGUF"), quiet_transformers(), redirect_stderr(io.StringIO()):
+    with as_one_error(f"{file}: cannot be read as GGUF"), quiet_transformers(), redirect_stderr(io.StringIO()):
         options = {"gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options)
