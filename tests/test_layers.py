@@ -331,7 +331,7 @@ ALLOWED: dict[str, set[str]] = {
     "report_read": {"yaml_text", "errors", "report_data", "report_examples", "report_resources", "rundir", "status"},
     "report_compare": {
         *{"compare_gain", "compare_grid", "compare_rounds", "compare_statistics", "errors", "report_data"},
-        *{"report_examples", "report_read", "report_resources"},
+        *{"report_examples", "report_read", "report_resources", "status"},
     },
     "report_page": {"compare_render", "report_data"},
     "report_figures": {"report_data", "report_page"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,7 @@ def test_a_comparison_keeps_the_report_of_its_own(comparison: Path, tmp_path: Pa
         ("{", "damaged JSON"),
         ("{}", "format is None"),
         (json.dumps(make_results() | {"cells": [{"model": "small"}]}), "not the results of a comparison"),
+        (re.sub('"round": [0-9]+', '"round": 18446744073709551616', json.dumps(make_results())), "not the results"),
         (json.dumps(make_results() | {"references": 3}), "not the results of a comparison"),
     ],
 )

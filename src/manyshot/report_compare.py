@@ -32,6 +32,7 @@ from manyshot.report_data import (
 from manyshot.report_examples import read_examples
 from manyshot.report_read import SPREAD, Records, kept_by_layer
 from manyshot.report_resources import disk_use, read_phases, seconds_in_all
+from manyshot.status import MAX_STEPS
 
 SEED_SPREAD = "± one standard error over seeds"
 Entries = Sequence[Mapping[str, Any]]
@@ -191,6 +192,8 @@ def _path(grid: Grid, group: Group, cells: Entries, tasks: list[str]) -> list[tu
     start = [mapping(reference["pretrained"]).get("validation_losses") for reference in known]
     found = [(0, Model("pretrained", "pretrained", _means(start, tasks), {}))] if any(start) else []
     for index in rounds_of(grid, group):
+        if not 0 < index <= MAX_STEPS:  # figures have a place for every round up to the last
+            raise ValueError(f"round {index}")
         entries = [entry["validation_losses"] for cell in cells for entry in cell["rounds"] if entry["round"] == index]
         found.append((index, Model(f"after round {index}", "other", _means(entries, tasks), {})))
     return found
