@@ -76,8 +76,7 @@ def open_cells(folder: Path, workers: int, device: str) -> Iterator[Executor]:
     if workers == 1:
         yield LocalExecutor()
         return
-    gpus = devices_of(device, ())
-    pins = [Pin(device=gpus[i % len(gpus)] if gpus else None) for i in range(workers)]
+    pins = [Pin(device=number) for number in devices_of(device, (), workers)]
     threads = min(torch.get_num_threads(), max(1, default_threads() // workers))
     with WorkerExecutor(folder, pins, threads, LocalExecution().max_retries) as executor:
         yield executor
@@ -97,16 +96,15 @@ def make_pins(recipe: Recipe, spec: LocalExecution) -> list[Pin]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if threads > (there := len(cores) if cores else default_threads()):
         raise RecipeError(f"executor.threads: {threads} for each task, and this process may use {there} cores")
-    devices = devices_of(recipe.local_update.device, spec.devices)
     pins = []
-    for i in range(spec.workers):
+    for i, device in enumerate(devices_of(recipe.local_update.device, spec.devices, spec.workers)):
         own = tuple(cores[(i * threads + j) % len(cores)] for j in range(threads)) if cores else None
-        pins.append(Pin(own, devices[i % len(devices)] if devices else None))
+        pins.append(Pin(own, device))
     return pins
 
 
-def devices_of(device: str, asked: Sequence[int]) -> list[int]:
-    """Numbers of the GPUs that workers take turns at, all there are where none is asked for; empty: not told apart.
+def devices_of(device: str, asked: Sequence[int], workers: int) -> list[int | None]:
+    """The number of every worker's GPU, in turns at those asked for, or at all there are; None: not told apart.
 
     Raises RecipeError for a GPU that is not there, or where the recipe computes elsewhere (`local_update.device`).
     """
@@ -115,11 +113,12 @@ def devices_of(device: str, asked: Sequence[int]) -> list[int]:
         if asked:
             text = f"tasks compute on local_update.device: {device}; set it to auto, or leave executor.devices out"
             raise RecipeError(f"executor.devices: {text}")
-        return []
+        return [None] * workers
     if wrong := [number for number in asked if number >= there]:
         gpus = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0" if there else "no GPU that torch can use"
         raise RecipeError(f"executor.devices: {wrong[0]}, and this machine has {gpus}")
-    return list(asked or range(there))
+    turns = asked or range(there)
+    return [turns[i % len(turns)] if turns else None for i in range(workers)]
 
 
 def check_memory(recipe: Recipe, inputs: Inputs, pins: list[Pin]) -> None:

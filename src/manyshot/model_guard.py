@@ -22,10 +22,9 @@ def as_one_error(what: str) -> Iterator[None]:
         yield
     except (ManyshotError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - of any type, those of the Rust libraries have none of their own
-        raise ModelError(f"{what} ({error})") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how the Rust libraries end, which is no Exception
+        # of any type; where the Rust libraries end in a panic, it is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{what} ({error})") from None
 
