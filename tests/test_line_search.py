@@ -211,6 +211,18 @@ AUTO = "operator.scaling=auto"
             ),
             "merge.outer_momentum: adam has outer_beta1 in its place",
         ),
+        (
+            (
+                *("merge.reference=start", "merge.outer_optimizer=adam", "merge.outer_step_size=1e-4"),
+                "merge.outer_momentum_schedule=ramp",
+            ),
+            "merge.outer_momentum_schedule: adam has outer_beta1 in its place",
+        ),
+        (
+            ("merge.reference=start", "merge.outer_momentum_schedule=ramp"),
+            "merge.outer_momentum_schedule: is of a momentum, and merge.outer_momentum is 0",
+        ),
+        (("merge.outer_momentum_schedule=ramp",), "merge.outer_momentum_schedule: is part of the outer optimizer"),
     ],
 )
 def test_recipe_refuses_searches_and_optimizers_that_do_not_fit(

@@ -15,6 +15,8 @@ from manyshot import kernels, stream
 from manyshot.errors import MergeError
 from manyshot.operators import Mean, Metis, Operator
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
+from manyshot.outer_choice import make_outer, momentum_of
+from manyshot.recipe import Merge
 from manyshot.round_merge import merge_weights
 from manyshot.rundir import read_json, remove
 from manyshot.runner import run
@@ -192,12 +194,28 @@ def test_outer_plain_step_goes_through_the_compiled_kernels_to_the_bits_of_the_s
     assert Outer().plain and not any(one.plain for one in (HEAVY_BALL, NESTEROV, ADAM, Outer(0.5)))
 
 
+def test_outer_momentum_ramps_up_and_begins_again_after_a_rollback() -> None:
+    merge = Merge(reference="start", outer_momentum=0.7, outer_momentum_schedule="ramp")
+
+    def momenta(anew: int) -> list[float]:
+        rounds = range(anew + 1, anew + 13)
+        return [make_outer(merge, r, before=None, state=None, leaves=None, anew=anew).momentum for r in rounds]
+
+    assert momenta(0) == momenta(4) == [*(r / (r + 3) for r in range(7)), 0.7, 0.7, 0.7, 0.7, 0.7]
+    plain = merge.model_copy(update={"outer_momentum_schedule": "constant"})
+    assert {momentum_of(plain, r) for r in range(1, 9)} == {0.7}
+    assert make_outer(merge, 0, before=None, state=None, leaves=None).momentum == 0  # post-hoc is as a first round
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 RUNS = {
     "nesterov": ("merge.outer_optimizer=nesterov", "merge.outer_momentum=0.6", "merge.outer_step_size=[0.5, 1.5, 0.7]"),
+    "ramp": ("merge.outer_optimizer=nesterov", "merge.outer_momentum=0.3", "merge.outer_momentum_schedule=ramp"),
     "adam": ("merge.outer_optimizer=adam", "merge.outer_step_size=0.002", "merge.outer_epsilon=1e-4"),
 }
+# step sizes and momenta of rounds 1 to 3: the ramp is 0, 1/4, 2/5, and at most 0.3
+NESTEROVS = {"nesterov": ((0.5, 1.5, 0.7), (0.6, 0.6, 0.6)), "ramp": ((1.0, 1.0, 1.0), (0.0, 0.25, 0.3))}
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +251,10 @@ def by_hand(updates: Iterable[Tensors], optimizer: str) -> list[Tensors]:
     for r, update in enumerate(updates, start=1):
         for name, d in update.items():
             zero = torch.zeros((), dtype=torch.float64)
-            if optimizer == "nesterov":
-                first[name] = 0.6 * first.get(name, zero) + d
-                step = (0.5, 1.5, 0.7)[r - 1] * (d + 0.6 * first[name])
+            if optimizer in NESTEROVS:
+                step_size, momentum = (values[r - 1] for values in NESTEROVS[optimizer])
+                first[name] = momentum * first.get(name, zero) + d
+                step = step_size * (d + momentum * first[name])
             else:
                 first[name] = 0.9 * first.get(name, zero) + 0.1 * d
                 second[name] = 0.99 * second.get(name, zero) + 0.01 * d**2

@@ -13,6 +13,7 @@ LATER: dict[str, dict[str, Any]] = {
     "operator": {"weight_memory": 0.0, "vote": "weighted", "rescale": "none"},
     "merge": {
         "outer_optimizer": "sgd",
+        "outer_momentum_schedule": "constant",
         "outer_beta1": 0.9,
         "outer_beta2": 0.99,
         "outer_epsilon": 1e-5,

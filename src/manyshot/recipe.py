@@ -59,6 +59,9 @@ class Merge(Section):
     outer_momentum: float = Field(
         0.0, ge=0, lt=1, description="with reference: start, how much of the round before's step is taken again"
     )
+    outer_momentum_schedule: Literal["constant", "ramp"] = Field(
+        "constant", description="ramp: round r has at most (r − 1)/(r + 2) of it, as in Nesterov's own method"
+    )
     outer_beta1: float = Field(0.9, ge=0, lt=1, description="adam: share of the mean update that is kept")
     outer_beta2: float = Field(0.99, ge=0, lt=1, description="adam: share of the mean square that is kept")
     outer_epsilon: Positive = Field(1e-5, description="adam: entries whose updates are well below it keep their ratios")
@@ -77,7 +80,7 @@ class Merge(Section):
 
     def once(self) -> Merge:
         """The same for a merge that none comes before or after: nesterov's step ahead is for rounds that follow."""
-        plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0}
+        plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0, "outer_momentum_schedule": "constant"}
         return self.model_copy(update=plain) if self.outer_optimizer == "nesterov" else self
 
 
@@ -276,18 +279,25 @@ def outer_problems(merge: Merge, rounds: int) -> Problems:
 
 
 def _outer_settings_problems(merge: Merge) -> Problems:
-    settings = ("outer_optimizer", "outer_step_size", "outer_momentum", "outer_beta1", "outer_beta2", "outer_epsilon")
+    settings = (
+        *("outer_optimizer", "outer_step_size", "outer_momentum", "outer_momentum_schedule"),
+        *("outer_beta1", "outer_beta2", "outer_epsilon"),
+    )
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
     if merge.reference == "pretrained":
         return [(f"merge.{key}", "is part of the outer optimizer, which needs reference: start") for key in changed[:1]]
     if merge.outer_optimizer != "adam":
         found = [
-            (f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in settings[3:]
+            (f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in settings[4:]
         ]
         if merge.outer_optimizer == "nesterov" and not merge.outer_momentum:
             found.append(("merge.outer_momentum", "is 0, and nesterov is a form of momentum; give one, such as 0.7"))
+        elif merge.outer_momentum_schedule != "constant" and not merge.outer_momentum:
+            found.append(("merge.outer_momentum_schedule", "is of a momentum, and merge.outer_momentum is 0"))
         return found
     found = [("merge.outer_momentum", "adam has outer_beta1 in its place")] if merge.outer_momentum else []
+    if merge.outer_momentum_schedule != "constant":
+        found.append(("merge.outer_momentum_schedule", "adam has outer_beta1 in its place"))
     if "outer_step_size" not in changed:
         text = "with adam every weight moves by about this much in a round; 1 is far too large, give one such as 1e-4"
         found.append(("merge.outer_step_size", text))
