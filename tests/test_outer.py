@@ -15,7 +15,7 @@ from manyshot import kernels, stream
 from manyshot.errors import MergeError
 from manyshot.operators import Mean, Metis, Operator
 from manyshot.outer import MEMORIES, STATE_NAME, Outer
-from manyshot.outer_choice import make_outer, momentum_of
+from manyshot.outer_choice import make_outer
 from manyshot.recipe import Merge
 from manyshot.round_merge import merge_weights
 from manyshot.rundir import read_json, remove
@@ -203,7 +203,7 @@ def test_outer_momentum_ramps_up_and_begins_again_after_a_rollback() -> None:
 
     assert momenta(0) == momenta(4) == [*(r / (r + 3) for r in range(7)), 0.7, 0.7, 0.7, 0.7, 0.7]
     plain = merge.model_copy(update={"outer_momentum_schedule": "constant"})
-    assert {momentum_of(plain, r) for r in range(1, 9)} == {0.7}
+    assert {plain.momentum_of(r) for r in range(1, 9)} == {0.7}
     assert make_outer(merge, 0, before=None, state=None, leaves=None).momentum == 0  # post-hoc is as a first round
 
 

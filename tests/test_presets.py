@@ -50,7 +50,10 @@ def make(*overrides: str, **raw: Any) -> Recipe:
 def test_presets_hold_these_values() -> None:
     """The values themselves, once: what changes them means to."""
     assert filled("operator") == {"gap": "relative", "temperature": 0.5, "mask": False}
-    assert filled("merge") == {"reference": "start", "outer_optimizer": "nesterov", "outer_momentum": 0.7}
+    assert filled("merge") == {
+        **{"reference": "start", "outer_optimizer": "nesterov"},
+        **{"outer_momentum": 0.7, "outer_momentum_schedule": "ramp"},
+    }
     assert filled("local_update") == {}
     assert PRESETS["paper"] == ()  # declared: test_recipe.py
 

@@ -14,6 +14,8 @@ import yaml
 from manyshot.compare_plan import plan_compare
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.comparison import CompareResult, compare
+from manyshot.operators import Metis
+from manyshot.presets import filled
 from manyshot.recipe_file import compare_recipe_from_mapping, load_compare_recipe
 from run_helpers import ROWS, write_data
 
@@ -64,13 +66,13 @@ def test_studies_say_how_many_steps_they_take(name: str, tmp_path: Path, monkeyp
     assert int(said[1].replace(",", "")) == plan["steps"]["shared"]
 
 
-def test_the_finalists_are_asked_alike_in_all_studies() -> None:
-    screened, final, stressed = (raw(name)["methods"] for name in ("better_screen", "better", "better_stress"))
-    for methods in (final, stressed):
-        for name, method in methods.items():
-            if name in screened:
-                assert method | {"protocols": None} == screened[name] | {"protocols": None}, name
-    assert set(stressed) <= set(final)
+def test_the_finalists_are_asked_alike_and_the_default_is_one_of_them() -> None:
+    final, stressed = (raw(name)["methods"] for name in ("better", "better_stress"))
+    for name, method in stressed.items():
+        assert method | {"protocols": None} == final[name] | {"protocols": None}, name
+    assert {key: final["metis"][key] for key in ("operator", "merge")} == filled({"operator": "metis"})
+    paper = {key: value for key, value in final["metis_paper"]["operator"].items() if key != "name"}
+    assert Metis(**paper) == Metis()  # as it is declared; its grid has the paper's temperature
 
 
 # ---- a small slice of each -------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_the_stress_study_runs_and_says_what_bad_tasks_cost(base_folder: Path, d
         "noisy": ["math", "safety", "noise"],
         "short": ["math_short", "safety"],
     }
-    methods = ("mean", "relative_nesterov_averaged")
+    methods = ("mean", "metis")
     result = run_slice("better_stress", base_folder, data, tmp_path / "out", methods, sets)
     text = (tmp_path / "out" / "tables" / "bad_tasks.csv").read_text("utf-8")
     assert len(text.splitlines()) == 1 + 4 * 2
@@ -146,9 +148,7 @@ def test_the_stress_study_runs_and_says_what_bad_tasks_cost(base_folder: Path, d
 
 
 def test_the_finalists_run_on_tasks_that_contradict_each_other(base_folder: Path, data: Path, tmp_path: Path) -> None:
-    result = run_slice(
-        "better", base_folder, data, tmp_path / "out", ("nesterov",), {"conflict": ["safety", "complying"]}
-    )
+    result = run_slice("better", base_folder, data, tmp_path / "out", ("metis",), {"conflict": ["safety", "complying"]})
     (cell,) = result.results["cells"]
     assert set(cell["share"]["tasks"]) == {"safety", "complying"}
 

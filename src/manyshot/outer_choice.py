@@ -19,7 +19,7 @@ def make_outer(
     """
     step_size, optimizer = merge.outer_step_size, merge.outer_optimizer
     remembers = bool(MEMORIES[optimizer])
-    momentum = momentum_of(merge, max(1, round_index - anew))
+    momentum = merge.momentum_of(max(1, round_index - anew))
     return Outer(
         step_size[max(1, round_index) - 1] if isinstance(step_size, tuple) else step_size,
         momentum,
@@ -31,14 +31,3 @@ def make_outer(
         state=StoredTaskVector(state) if state and remembers else None,
         leaves=leaves if remembers else None,
     )
-
-
-def momentum_of(merge: Merge, round_index: int) -> float:
-    """μ of a round, counted from where momentum began (1: the first).
-
-    The ramp is that of Nesterov's method for convex functions (1983; Su, Boyd and Candès 2014, arXiv 1503.01243): while
-    there is hardly a direction that rounds have agreed on, hardly anything is taken again.
-    """
-    if merge.outer_momentum_schedule == "constant":
-        return merge.outer_momentum
-    return min(merge.outer_momentum, (round_index - 1) / (round_index + 2))

@@ -66,9 +66,13 @@ PRESETS: dict[str, tuple[Fill, ...]] = {
         ),
         Fill(
             "merge",
-            {"reference": "start", "outer_optimizer": "nesterov", "outer_momentum": 0.7},
+            {
+                **{"reference": "start", "outer_optimizer": "nesterov"},
+                **{"outer_momentum": 0.7, "outer_momentum_schedule": "ramp"},
+            },
             "the mean of T unlike updates is 1/T of their sum, and short; with momentum a round goes on where those "
-            "before it went, as far as they agree",
+            "before it went, as far as they agree; it ramps up (0, ¼, ⅖, ½, …), since a full one is too much for the "
+            "first rounds",
             unless=("reference", "outer_optimizer"),
         ),
     ),

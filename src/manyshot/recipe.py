@@ -78,6 +78,15 @@ class Merge(Section):
         None, description="type of the merged model's float tensors; as in the base when not given"
     )
 
+    def momentum_of(self, round_index: int) -> float:
+        """μ of a round, counted from where momentum began (1: the first).
+
+        The ramp is that of Nesterov's method for convex functions (1983; Su, Boyd and Candès 2014, arXiv 1503.01243):
+        while there is hardly a direction that rounds have agreed on, hardly anything is taken again.
+        """
+        ramp = (round_index - 1) / (round_index + 2)
+        return self.outer_momentum if self.outer_momentum_schedule == "constant" else min(self.outer_momentum, ramp)
+
     def once(self) -> Merge:
         """The same for a merge that none comes before or after: nesterov's step ahead is for rounds that follow."""
         plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0, "outer_momentum_schedule": "constant"}
