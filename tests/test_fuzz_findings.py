@@ -21,14 +21,16 @@ from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, R
 from manyshot.inspect_input import open_round
 from manyshot.live_metrics import MetricsTail
 from manyshot.live_state import LiveRun
+from manyshot.manifest import check_files
 from manyshot.model_guard import as_one_error
 from manyshot.models import load_config, load_tokenizer, meta_model
 from manyshot.operator_choice import operator_adapter
 from manyshot.peft_adapter import PATTERN, read_adapter
 from manyshot.push import plan_upload
 from manyshot.recipe_file import merge_recipe_from_mapping, recipe_from_mapping
+from manyshot.removed import finish_removing
 from manyshot.report_build import build_report
-from manyshot.rundir import RunFolder, read_json, read_lines
+from manyshot.rundir import RunFolder, is_below, read_json, read_lines
 from manyshot.status import read_outline, run_status
 from manyshot.task_vector import AdapterFactors
 from manyshot.tensors import Checkpoint
@@ -114,6 +116,20 @@ def test_records_of_another_shape_are_shown_or_named_by_whatever_reads_them(
             assert str(run) in str(error)
     with pytest.raises(ManyshotError):
         plan_upload(run, "me/model", private=True)
+
+
+@pytest.mark.parametrize("place", ["a" * 256, "a/" * 2000, "a\0b", "\ud800", "é" * 128])
+def test_a_record_of_a_place_that_no_system_can_have_is_damaged(tmp_path: Path, place: str) -> None:
+    assert not is_below(place) and is_below("é" * 127) and is_below("a/" * 1000)
+    entry = {"step": "merge", "bytes": 1, "sha256": "0"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {place: entry}}), "utf-8")
+    with pytest.raises(RunFolderError, match=r"manifest\.json: is damaged"):
+        check_files(tmp_path, lambda text: None, repair=True, how="--repair")
+    (tmp_path / "removed.json").write_text(
+        json.dumps({"removed": {f"round_001/{place}": "keep.adapters: last"}}), "utf-8"
+    )
+    with pytest.raises(RunFolderError, match=r"removed\.json: is damaged"):
+        finish_removing(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop", "pipe"])

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from manyshot.errors import RunFolderError
 from manyshot.removed import read_removed
-from manyshot.rundir import PARTIAL, read_json, remove, write_json
+from manyshot.rundir import PARTIAL, is_below, read_json, remove, write_json
 from manyshot.tensors import file_digest
 
 Json = dict[str, Any]
@@ -131,10 +131,8 @@ def read_manifest(folder: Path) -> Json:
 
 def _is_entry(name: str, entry: object) -> bool:
     """Whether it names a file below the folder, and says what a manifest says of one."""
-    path = PurePosixPath(name)
-    inside = bool(name) and not path.is_absolute() and ".." not in path.parts
     types = {"step": str, "bytes": int, "sha256": str}
-    if not inside or not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != types:
+    if not is_below(name) or not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != types:
         return False
     return 0 <= int(entry["bytes"]) < LARGEST
 

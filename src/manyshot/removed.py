@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from manyshot.errors import RunFolderError
-from manyshot.rundir import read_json, remove, write_json
+from manyshot.rundir import is_below, read_json, remove, write_json
 
 REMOVED = "removed.json"
 
@@ -30,7 +30,7 @@ def _is_place(name: str, why: object) -> bool:
     """Whether it is a place inside a round or among the experts: nothing else is ever removed."""
     parts = PurePosixPath(name).parts
     inside = len(parts) > 1 and (parts[0] == "experts" or parts[0].startswith("round_"))
-    return inside and ".." not in parts and isinstance(why, str)
+    return inside and is_below(name) and isinstance(why, str)
 
 
 def remove_places(run: Path, places: Mapping[Path, str]) -> None:

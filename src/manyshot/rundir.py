@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from manyshot.errors import RunFolderError
@@ -30,6 +30,8 @@ MEASURED = ("losses.json", "scores.json", "outputs.json")
 ROLLBACK = "rollback.json"
 # who writes into the folder (run_lock.py)
 LOCK = ".lock"
+# of a name in a record, and of each of its parts, in bytes; systems end at 4096 for a whole path and at 255
+LONGEST_PLACE, LONGEST_PART = 2048, 255
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,17 @@ def _rename(partial: Path, path: Path) -> None:
 def is_passing(path: Path) -> bool:
     """Whether a file is there only while something is written: what a kill in the very first writes leaves."""
     return path.name.endswith(PARTIAL) or path.name == LOCK
+
+
+def is_below(name: str) -> bool:
+    """Whether a place that a record names can be there, and below the record's folder."""
+    path = PurePosixPath(name)
+    try:
+        parts = [os.fsencode(part) for part in path.parts]
+    except UnicodeEncodeError:
+        return False
+    possible = all(len(part) <= LONGEST_PART and b"\0" not in part for part in parts)
+    return possible and 0 < len(name) <= LONGEST_PLACE and not path.is_absolute() and ".." not in path.parts
 
 
 def name_file(error: BaseException, path: Path) -> None:
