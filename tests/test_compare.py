@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from conftest import TASKS
-from manyshot import compare_jobs
+from manyshot import compare_jobs, executor_choice
 from manyshot.compare_plan import count_steps
 from manyshot.compare_recipe import CompareRecipe
 from manyshot.comparison import CompareResult, compare
-from manyshot.errors import RunFolderError
+from manyshot.errors import RunFolderError, WorkerError
 from manyshot.progress import Event
 from manyshot.recipe_file import compare_recipe_from_mapping, load_compare_recipe, recipe_from_mapping, to_yaml
 from manyshot.rundir import read_json
@@ -86,6 +86,15 @@ def test_every_cell_of_the_grid_is_done_and_scored(done: CompareResult) -> None:
         assert list(one["retention"]) == [TASKS[2]]
         assert one["multi_task_loss"] == pytest.approx(sum(one["losses"].values()) / 2)
         assert [len(values) for values in one["example_scores"].values()] == [6, 6]
+
+
+def test_more_workers_than_memory_holds_are_refused_before_anything_is_written(
+    raw: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_choice, "available", lambda: 900_000_000)
+    with pytest.raises(WorkerError, match=r"--workers: 2 workers .* has 0\.9 GB free; run one after the other"):
+        compare(make(raw), tmp_path / "none", workers=2)
+    assert not (tmp_path / "none" / "compare.yaml").exists()
 
 
 @pytest.mark.slow  # two more processes load torch, transformers and peft

@@ -194,19 +194,19 @@ def test_cells_of_a_comparison_share_threads_and_gpus(tmp_path: Path, monkeypatc
     monkeypatch.setattr(executor_choice.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(executor_choice.torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(executor_choice, "default_threads", lambda: 6)
-    with open_cells(tmp_path, 3, "auto") as executor:
+    with open_cells(tmp_path, 3, "auto", []) as executor:
         assert isinstance(executor, WorkerExecutor) and executor.threads == 2
         assert [pin.device for pin in executor.pins] == [0, 1, 0]
     monkeypatch.setattr(executor_choice, "default_threads", lambda: 16)
-    with open_cells(tmp_path, 2, "cuda:1") as executor:
+    with open_cells(tmp_path, 2, "cuda:1", []) as executor:
         assert isinstance(executor, WorkerExecutor) and executor.threads == 4  # no more than this process was given
         assert isinstance(executor, WorkerExecutor) and [pin.device for pin in executor.pins] == [None, None]
-    with open_cells(tmp_path, 1, "auto") as executor:
+    with open_cells(tmp_path, 1, "auto", []) as executor:
         assert isinstance(executor, LocalExecutor)
 
 
 def test_workers_that_memory_does_not_hold_are_refused_with_both_numbers(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = runs.recipe("executor.workers=3")
     inputs, pins = check_inputs(recipe), [Pin()] * 3
@@ -215,6 +215,9 @@ def test_workers_that_memory_does_not_hold_are_refused_with_both_numbers(
         WorkerError, match=r"3 workers of about 0\.5 GB need 1\.5 GB of memory, .* has 1\.1 GB free; use "
     ):
         check_memory(recipe, inputs, pins)
+    match = r"--workers: 3 workers of about .* free; use --workers=2, or a smaller"
+    with pytest.raises(WorkerError, match=match), open_cells(tmp_path, 3, "cpu", [(recipe, inputs)]):
+        pass
     monkeypatch.setattr(executor_choice, "available", lambda: None)
     check_memory(recipe, inputs, pins)
 

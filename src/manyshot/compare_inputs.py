@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from manyshot.compare_benchmarks import check_benchmarks
@@ -12,7 +12,7 @@ from manyshot.errors import ManyshotError
 from manyshot.inputs import Inputs, check_inputs, check_model
 from manyshot.models import ModelState, meta_model, quiet_transformers
 from manyshot.progress import Progress
-from manyshot.recipe import Recipe, operator_warnings
+from manyshot.recipe import LocalUpdate, Recipe, operator_warnings
 from manyshot.rundir import require_space
 from manyshot.tasks import check_batch, shared_rows
 from manyshot.trainer import check_trainer_arguments
@@ -56,6 +56,18 @@ def check_space(
     left = max(0.0, 1 - finished / len(trials))
     needed = int(left * (sum(trials) + (shared if full else 0)) + (running if left else 0))
     require_space(folder, needed, f"what {len(trials) - min(finished, len(trials))} runs will write")
+
+
+def runs_of(recipe: CompareRecipe, found: Mapping[tuple[str, int], Inputs]) -> Iterator[tuple[Recipe, Inputs]]:
+    """One run for every backbone and way to train: what cells need memory for."""
+    names = tuple(dict.fromkeys(task for one in recipe.sets.values() for task in one.tasks))
+    ways = [recipe.shared, *(candidate for name in recipe.methods for candidate in recipe.possible(name))]
+    for model, (seed, inputs) in {model: (seed, inputs) for (model, seed), inputs in found.items()}.items():
+        seen: list[LocalUpdate] = []
+        for way in ways:
+            if way.local_update not in seen:
+                seen.append(way.local_update)
+                yield recipe.run_recipe(model, names, seed, way, "post_hoc"), inputs
 
 
 def check_own_training(recipe: CompareRecipe, names: tuple[str, ...], found: Mapping[tuple[str, int], Inputs]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from manyshot.compare_folder import CompareFolder, claim, describe
-from manyshot.compare_inputs import check_all_inputs, check_space
+from manyshot.compare_inputs import check_all_inputs, check_space, runs_of
 from manyshot.compare_jobs import TRIAL, TrialJob, run_trial
 from manyshot.compare_outputs import write_outputs
 from manyshot.compare_place import (
@@ -79,10 +79,11 @@ def compare(
         if force and not (resume or extend):
             clear(output)
         check_space(recipe, output, inputs, workers=workers, finished=len(list(folder.trials.glob(f"*/{TRIAL}"))))
+        cells = open_cells(output, workers, recipe.local_update.device, runs_of(recipe, inputs))
+        executor = stack.enter_context(cells)
         describe(folder, recipe, inputs, command)
         check_files(output, progress.message, repair=repair, how="--resume --repair")
         progress.metrics = folder.metrics
-        executor = stack.enter_context(open_cells(output, workers, recipe.local_update.device))
         run = Comparison(recipe, folder, inputs, executor, progress)
         for model in recipe.models:
             tune(run, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,12 +71,17 @@ def open_executor(recipe: Recipe, folder: Path, inputs: Inputs, progress: Progre
 
 
 @contextmanager
-def open_cells(folder: Path, workers: int, device: str) -> Iterator[Executor]:
-    """For the cells of a comparison in `folder`: so many at once, with a share of torch's threads each, and of GPUs."""
+def open_cells(folder: Path, workers: int, device: str, runs: Iterable[tuple[Recipe, Inputs]]) -> Iterator[Executor]:
+    """For the cells of a comparison in `folder`: so many at once, with a share of torch's threads each, and of GPUs.
+
+    Any of its `runs` may be in memory as often as there are workers. Raises WorkerError where they do not fit.
+    """
     if workers == 1:
         yield LocalExecutor()
         return
     pins = [Pin(device=number) for number in devices_of(device, (), workers)]
+    for recipe, inputs in runs:
+        check_memory(recipe, inputs, pins, "--workers")
     threads = min(torch.get_num_threads(), max(1, default_threads() // workers))
     with WorkerExecutor(folder, pins, threads, LocalExecution().max_retries) as executor:
         yield executor
@@ -121,24 +126,28 @@ def devices_of(device: str, asked: Sequence[int], workers: int) -> list[int | No
     return [turns[i % len(turns)] if turns else None for i in range(workers)]
 
 
-def check_memory(recipe: Recipe, inputs: Inputs, pins: list[Pin]) -> None:
-    """Refuse more workers than memory holds, by what `manyshot plan` says. Raises WorkerError with both numbers."""
+def check_memory(recipe: Recipe, inputs: Inputs, pins: list[Pin], asked: str = "executor.workers") -> None:
+    """Refuse more workers than memory holds, by what `manyshot plan` says.
+
+    Raises WorkerError with both numbers, and what `asked` for so many.
+    """
     need = estimate_memory(recipe, inputs, max(inputs.mean_tokens.values()))
     on_gpu = choose_placement(recipe.local_update).device.startswith("cuda")
     # a model on its way to a GPU is in memory first
     each = PROCESS_BYTES + (need["weights"] if on_gpu else need["total"])
-    _refuse(len(pins), each, available(), "of memory", "this machine has")
+    _refuse(asked, len(pins), each, available(), "of memory", "this machine has")
     for number in sorted({pin.device for pin in pins if pin.device is not None}):
         sharing = sum(pin.device == number for pin in pins)
-        _refuse(sharing, need["total"], torch.cuda.mem_get_info(number)[0], "of GPU memory", f"GPU {number} has")
+        free = torch.cuda.mem_get_info(number)[0]
+        _refuse(asked, sharing, need["total"], free, "of GPU memory", f"GPU {number} has")
 
 
-def _refuse(count: int, each: int, there: int | None, what: str, has: str) -> None:
+def _refuse(asked: str, count: int, each: int, there: int | None, what: str, has: str) -> None:
     if there is not None and count * each > there:
         fits = there // each
-        advice = f"use executor.workers={fits}" if fits > 1 else "run one task after the other (executor=local)"
+        advice = f"use {asked}={fits}" if fits > 1 else f"run one after the other ({asked}=1)"
         raise WorkerError(
-            f"executor.workers: {_counted(count, 'worker')} of about {each / 1e9:.1f} GB need {count * each / 1e9:.1f} "
+            f"{asked}: {_counted(count, 'worker')} of about {each / 1e9:.1f} GB need {count * each / 1e9:.1f} "
             f"GB {what}, and {has} {there / 1e9:.1f} GB free; {advice}, or a smaller local_update.micro_batch_size"
         )
 
