@@ -212,6 +212,12 @@ def test_an_unknown_operator_beside_unknown_rounds_is_explained(operator: Any) -
         recipe_from_mapping(recipe)
 
 
+@pytest.mark.parametrize("levels", [41, 2000])
+def test_an_override_of_endless_levels_is_refused(levels: int) -> None:
+    with pytest.raises(RecipeError, match=f"^command line: 'a.a.*…': a key of {levels} levels; there are at most 40$"):
+        recipe_from_mapping({"model": "m"}, [".".join("a" * levels) + "=1"])
+
+
 def test_the_reader_of_operators_is_made_once() -> None:
     """Made for every operator that a comparison looks at, it took the paper's recipes more than 5 s."""
     assert operator_adapter() is operator_adapter()

@@ -20,7 +20,7 @@ from manyshot.recipe import Recipe
 from manyshot.recipe_problems import NAMED, Key, Source, cross_problems_of_broken, dotted, explain, one_per_key
 from manyshot.secret_text import find_secrets, redacted
 from manyshot.tune_recipe import TuneRecipe
-from manyshot.yaml_text import read_yaml
+from manyshot.yaml_text import MAX_DEPTH, read_yaml
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -178,6 +178,9 @@ def _apply_override(raw: dict[str, Any], override: str, source: Source) -> None:
     except yaml.YAMLError:
         raise RecipeError(f"command line: '{override}': the value is not valid YAML") from None
     keys = target_key.split(".")
+    if len(keys) > MAX_DEPTH:
+        text = f"'{override[:80]}…': a key of {len(keys)} levels; there are at most {MAX_DEPTH}"
+        raise RecipeError(f"command line: {text}")
     target = raw
     for i, name in enumerate(keys[:-1]):
         inner = target.setdefault(name, {})
