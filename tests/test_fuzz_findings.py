@@ -313,6 +313,7 @@ def test_factors_of_another_shape_are_refused(tmp_path: Path, entry: Any) -> Non
         ("config.json", "num_attention_heads", 0),
         ("config.json", "model_type", 7),
         ("config.json", "num_hidden_layers", 2**53 + 1),
+        ("config.json", "num_hidden_layers", 10**400),
         ("config.json", "text_config", {"num_local_experts": 1e300}),
         ("tokenizer.json", "model", {"type": "none of them"}),
         ("tokenizer.json", "added_tokens", [{}]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,8 @@ def refuse_endless(file: Path) -> None:
         return
     for key, value in _numbers(config):
         if COUNTS.search(key) and key.startswith(("n_", "num_")) and value > MOST:
-            raise ModelError(f"{file}: '{key}' is {value:.4g}; no model has more than {MOST:,}")
+            shown = f"{value:.4g}" if value < sys.float_info.max else "beyond 1e308"
+            raise ModelError(f"{file}: '{key}' is {shown}; no model has more than {MOST:,}")
 
 
 def _numbers(value: object) -> Iterator[tuple[str, float]]:
