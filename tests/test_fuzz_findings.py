@@ -218,6 +218,11 @@ def test_an_override_of_endless_levels_is_refused(levels: int) -> None:
         recipe_from_mapping({"model": "m"}, [".".join("a" * levels) + "=1"])
 
 
+def test_a_count_beyond_whole_numbers_of_floats_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"protocol\.local_steps: Input should be less than or equal to 90071992547409"):
+        recipe_from_mapping({"model": "m", "tasks": {}}, [f"protocol.local_steps={10**400}"])
+
+
 def test_the_reader_of_operators_is_made_once() -> None:
     """Made for every operator that a comparison looks at, it took the paper's recipes more than 5 s."""
     assert operator_adapter() is operator_adapter()

@@ -48,6 +48,11 @@ def test_read_yaml_refuses_what_nests_without_end_in_no_time(text: str) -> None:
     assert message(text).startswith(f"nested more than {MAX_DEPTH} levels deep")
 
 
+@pytest.mark.parametrize("text", ['a:\n  b: "x\\ud800"', 'a: 1\n"\\udfff": 2'])
+def test_read_yaml_refuses_half_a_character(text: str) -> None:
+    assert message(text) == "holds half a character (\\ud800 to \\udfff), which no file can, line 2"
+
+
 def test_read_yaml_takes_what_nests_as_deep_as_a_recipe_may() -> None:
     assert read_yaml("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)) is not None
 

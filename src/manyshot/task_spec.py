@@ -7,7 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(ge=1)]
+# beyond 2⁵³ a float, and many a reader of JSON, has no whole numbers of its own any more
+Count = Annotated[int, Field(ge=1, le=2**53)]
 # (key, message) of settings that are fine alone but not together
 Problems: TypeAlias = list[tuple[str, str]]
 # the `data` of a task whose examples stay where they are (rounds by hand)

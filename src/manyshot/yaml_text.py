@@ -19,6 +19,7 @@ MAX_DEPTH = 40
 MAX_OPEN = 400
 # values and keys, those behind every alias counted each time it stands somewhere
 MAX_NODES = 100_000
+_HALVES = re.compile("[\ud800-\udfff]")
 _BRACKETS = re.compile(r"[][{}]")
 
 
@@ -67,6 +68,8 @@ class _Size:
             return self._known[id(node)]
         if id(node) in self._open:
             raise yaml.YAMLError(f"an alias stands inside of what it names{_place(node)}")
+        if isinstance(node, yaml.ScalarNode) and _HALVES.search(node.value):
+            raise yaml.YAMLError(f"holds half a character (\\ud800 to \\udfff), which no file can{_place(node)}")
         self._open.add(id(node))
         count, levels = 1, 0
         for part in _parts(node):
