@@ -245,13 +245,17 @@ NAMES: dict[type, str] = {
 }
 
 
+# limits that keep numbers finite, and say nothing of the setting
+UNBOUNDED = (float("inf"), 2**53)
+
+
 def _bounds(limits: tuple[Any, ...]) -> str:
     signs = ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤"))
     found = [
         f"{sign} {getattr(one, name):g}"
         for kind, name, sign in signs
         for one in limits
-        if isinstance(one, kind) and getattr(one, name) != float("inf")
+        if isinstance(one, kind) and getattr(one, name) not in UNBOUNDED
     ]
     return ", ".join(found)
 

@@ -219,8 +219,19 @@ def test_an_override_of_endless_levels_is_refused(levels: int) -> None:
 
 
 def test_a_count_beyond_whole_numbers_of_floats_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"protocol\.local_steps: Input should be less than or equal to 90071992547409"):
+    with pytest.raises(
+        RecipeError, match=r"protocol\.local_steps: Input should be less than or equal to 90071992547409"
+    ):
         recipe_from_mapping({"model": "m", "tasks": {}}, [f"protocol.local_steps={10**400}"])
+
+
+@pytest.mark.parametrize("setting", ["min_agreement", "scaling"])
+def test_an_empty_list_of_values_per_round_is_refused_by_its_length(setting: str) -> None:
+    with pytest.raises(RecipeError, match=rf"operator\.{setting}: has 0 values for 5 rounds"):
+        recipe_from_mapping(
+            {"model": "m", "tasks": {"a": {"data": "demo:math"}, "b": {"data": "demo:safety"}}},
+            [f"operator.{setting}=[]"],
+        )
 
 
 def test_the_reader_of_operators_is_made_once() -> None:

@@ -22,7 +22,7 @@ Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
 Memory = Annotated[float, Ge(0), Lt(1)]
-Count = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(1), Le(2**53)]
 # one value, or one per round (METHOD: βʳ)
 PerRound = Positive | tuple[Positive, ...]
 FractionPerRound = Fraction | tuple[Fraction, ...]
@@ -175,7 +175,7 @@ class Operator:
         scaling = getattr(self, "scaling", 1.0)
         if self.searches_scaling:
             return 1.0
-        largest = max(scaling) if isinstance(scaling, tuple) else scaling
+        largest = max(scaling, default=0.0) if isinstance(scaling, tuple) else scaling
         return float(largest) * (num_tasks if self.sums else 1)
 
     def warnings(self, num_tasks: int) -> list[str]:

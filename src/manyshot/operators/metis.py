@@ -126,7 +126,7 @@ def consensus_warnings(name: str, mask_threshold: ThresholdPerRound, num_tasks: 
 
 def agreement_problems(min_agreement: int | tuple[Count, ...], num_tasks: int) -> list[tuple[str, str]]:
     """More tasks asked to agree than there are."""
-    largest = max(min_agreement) if isinstance(min_agreement, tuple) else min_agreement
+    largest = max(min_agreement, default=1) if isinstance(min_agreement, tuple) else min_agreement
     if largest <= num_tasks:
         return []
     return [("min_agreement", f"{largest} tasks can never agree among {num_tasks}; at most {num_tasks}")]
