@@ -6,7 +6,7 @@ INPUTS ?= 100000
 # 25 GB of checkpoints for the merge benchmark are made here
 BENCH_WORK ?= /tmp/manyshot-bench
 
-.PHONY: setup demo study-quick test test-flower test-slow check docs fuzz audit lock bench clean
+.PHONY: setup demo study-quick test test-flower test-slow check docs fuzz fuzz-sweep audit lock bench clean
 
 setup: .venv/.installed
 
@@ -40,6 +40,10 @@ test: check
 # 100,000 changed files of strangers; goes on where it was stopped. SEED=1 gives others
 fuzz: setup
 	$(BIN)/python tests/fuzz_driver.py --inputs $(INPUTS) --seed $(SEED) --folder build/fuzz/$(SEED)
+
+# every place of every good file, changed in every way that is known, one at a time
+fuzz-sweep: setup
+	$(BIN)/python tests/fuzz_driver.py --sweep --folder build/fuzz/sweep
 
 # known vulnerabilities of the tested versions; asks the advisory service of PyPI, and fails where it cannot be asked
 audit: setup

@@ -1,13 +1,15 @@
 """Feed changed inputs to everything that reads files of strangers, and keep each that does harm.
 
     python tests/fuzz_driver.py --inputs 100000 --seed 0 --folder build/fuzz       (make fuzz)
+    python tests/fuzz_driver.py --sweep --folder build/sweep                       (make fuzz-sweep)
     python tests/fuzz_driver.py --replay build/fuzz/failures/recipe-run-00000042.bin
 
 An input does harm when it ends in anything but success or a ManyshotError, takes more than 5 s of processor time, asks
 for more than 1 GB of memory, kills its process, writes outside of the folder it is read in, unpickles, opens a network
 connection or starts a program. An input that is answered in a way that none was before (in other words: another error)
 joins those that others are made from. Input number i of a target follows from the seed, i and what joined before it; a
-run that was stopped goes on where it was.
+run that was stopped goes on where it was. With --sweep inputs are not drawn: every place of a target's good inputs is
+changed in every way that is known (fuzz_sweep.py), one at a time.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.dont_write_bytecode = True
 
+from fuzz_sweep import Sweep  # noqa: E402
 from fuzz_targets import Arena, Target  # noqa: E402 - libraries look at the environment when they are imported
 from manyshot.errors import ManyshotError  # noqa: E402
 
 SECONDS = 5.0
+SWEEP = "sweep"  # in the place of a seed
 PATIENCE = 300.0  # of the parent, in wall time: for what no signal ends
 MEMORY = 2**30
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -136,7 +140,7 @@ def bound_memory(num_bytes: int = MEMORY) -> None:
 class Session:
     """A fuzzing session in a folder: its seed, how far every target is, what was kept."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int | str) -> None:
         self.folder, self.seed = folder, seed
         self.failures, self.corpus = folder / "failures", folder / "corpus"
         self.state_file = folder / "state.json"
@@ -202,9 +206,10 @@ class Session:
         corpus = [*target.seeds, *(file.read_bytes() for file in sorted(place.iterdir()))]
         counts = self.counts(target)
         known = {answer_kind(*try_input(arena, target, data)) for data in corpus}
+        sweep = Sweep(target) if self.seed == SWEEP else None
         for index in range(counts["inputs"], until):
             rng = random.Random(f"{self.seed}/{target.name}/{index}")
-            data = target.mutate(rng.choice(corpus), rng, corpus)
+            data = target.mutate(rng.choice(corpus), rng, corpus) if sweep is None else sweep[index]
             current.write_bytes(f"{index}\n".encode() + data)
             began = time.process_time()
             kind, what = try_input(arena, target, data)
@@ -214,7 +219,7 @@ class Session:
             if kind == "harm":
                 file = self.keep(target, index, data, what)
                 print(f"  {target.name}: {what.strip().splitlines()[-1][:150]}: {file}", flush=True)
-            elif len(data) < 50_000 and (answer := answer_kind(kind, what)) not in known:
+            elif sweep is None and len(data) < 50_000 and (answer := answer_kind(kind, what)) not in known:
                 known.add(answer)
                 (place / f"{index:08d}.bin").write_bytes(data)
                 corpus.append(data)
@@ -284,19 +289,20 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("build/fuzz"))
+    parser.add_argument("--sweep", action="store_true", help="every known change of every place, in place of a draw")
     parser.add_argument("--only", action="append", help="a target's name; again for more")
     parser.add_argument("--replay", type=Path, help="read one kept input again")
     asked = parser.parse_args()
     if asked.replay:
         with tempfile.TemporaryDirectory() as scratch:
             return replay(asked.replay, Arena(Path(scratch) / "arena"))
-    session = Session(asked.folder, asked.seed)
+    session = Session(asked.folder, SWEEP if asked.sweep else asked.seed)
     arena = Arena(asked.folder / "arena")
     targets = arena.targets()
     began, parts = time.time(), sum(target.part for target in targets)
     chosen = [target for target in targets if not asked.only or target.name in asked.only]
     for target in chosen:
-        until = -(-asked.inputs * target.part // parts)
+        until = len(Sweep(target)) if asked.sweep else -(-asked.inputs * target.part // parts)
         print(f"{target.name}: {session.counts(target)['inputs']:,} of {until:,} inputs", flush=True)
         session.fuzz(arena, target, until)
     print(table(session, chosen, time.time() - began))

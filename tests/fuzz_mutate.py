@@ -205,4 +205,5 @@ def headed(mutate: Mutator) -> Mutator:
         head, _, body = data.partition(b"\n")
         return head + b"\n" + mutate(body, rng, [other.partition(b"\n")[2] for other in others])
 
+    change.inner = mutate  # type: ignore[attr-defined]
     return change

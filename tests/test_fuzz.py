@@ -16,6 +16,7 @@ import pytest
 import fuzz_driver
 from fuzz_driver import Session, replay, slug, try_input
 from fuzz_mutate import mutate_bytes, mutate_json, mutate_lines, mutate_safetensors, mutate_yaml
+from fuzz_sweep import CHANGES, Sweep
 from fuzz_targets import Arena, Target
 from manyshot.errors import ModelError
 
@@ -44,6 +45,27 @@ def test_changed_inputs_do_no_harm(arena: Arena) -> None:
             data = target.mutate(rng.choice(target.seeds), rng, target.seeds)
             kind, what = try_input(arena, target, data)
             assert kind != "harm", f"{target.name}, input {index}: {what}"
+
+
+def test_a_sweep_has_every_change_of_every_place_once(arena: Arena) -> None:
+    target = Target("t", (b'{"a": [{"b": 1}, {"b": 2}], "c": 3}', b'{"a": [], "d": 4}'), json.loads, mutate_json)
+    places, found = ["", "a", "a.#", "a.#.b", "c", "d"], Sweep(target)
+    assert len(found) == len(places) * len(CHANGES)
+    made = [json.loads(data) for data in found]
+    assert {"a": [{"b": 1}, {"b": 2}], "c": None} in made and {"a": [{"b": 1}, {"b": 2}]} in made
+    assert {"a": [{"b": 1}, {"b": 2}], "../../outside": 3} in made and {"a": [{"b": 10**400}, {"b": 2}], "c": 3} in made
+    assert {target.name for target in arena.targets() if not len(Sweep(target))} == {
+        *("overrides", "data csv", "data tsv", "data parquet"),
+    }
+
+
+@pytest.mark.parametrize("name", ["recipe run", "run record", "factors", "tune journal", "safetensors"])
+def test_a_slice_of_a_sweep_does_no_harm(arena: Arena, name: str) -> None:
+    target = next(target for target in arena.targets() if target.name == name)
+    sweep = Sweep(target)
+    for index in range(7, len(sweep), len(sweep) // 20):
+        kind, what = try_input(arena, target, sweep[index])
+        assert kind != "harm", f"{target.name}, change {index}: {what}"
 
 
 def test_targets_are_all_kinds_of_files_that_come_from_strangers(arena: Arena) -> None:

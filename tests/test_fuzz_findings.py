@@ -22,6 +22,7 @@ from manyshot.inspect_input import open_round
 from manyshot.live_metrics import MetricsTail
 from manyshot.live_state import LiveRun
 from manyshot.manifest import check_files
+from manyshot.mergekit_yaml import from_mergekit
 from manyshot.model_guard import as_one_error
 from manyshot.models import load_config, load_tokenizer, meta_model
 from manyshot.operator_choice import operator_adapter
@@ -225,6 +226,24 @@ def test_a_count_beyond_whole_numbers_of_floats_is_refused() -> None:
         recipe_from_mapping({"model": "m", "tasks": {}}, [f"protocol.local_steps={10**400}"])
 
 
+@pytest.mark.parametrize(("suffix", "text"), [("jsonl", '{"prompt": "a\\ud83d"}\n'), ("json", '[{"\\uDC00": 1}]')])
+def test_data_with_half_a_character_is_refused(tmp_path: Path, suffix: str, text: str) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text(text, "utf-8")
+    with pytest.raises(
+        DataError, match=rf"rows\.{suffix}.*: cannot be read \(half a character, .u[0-9a-f]{{4}},"
+    ):
+        read_file(file, "task")
+    file.write_text(text.replace("\\ud83d", "\\ud83d\\ude00").replace("\\uDC00", "\\\\uDC00"), "utf-8")
+    assert read_file(file, "task")  # a whole one, and a text about one
+
+
+def test_numbers_beyond_floats_are_refused_where_they_stand(tmp_path: Path) -> None:
+    models = [{"model": "a", "parameters": {"weight": 10**400}}, {"model": "b", "parameters": {"weight": 1.0}}]
+    with pytest.raises(RecipeError, match=r"weight: is beyond the numbers that a merge can hold"):
+        merge_recipe_from_mapping(from_mergekit({"merge_method": "linear", "models": models}, "file"))
+
+
 @pytest.mark.parametrize("setting", ["min_agreement", "scaling"])
 def test_an_empty_list_of_values_per_round_is_refused_by_its_length(setting: str) -> None:
     with pytest.raises(RecipeError, match=rf"operator\.{setting}: has 0 values for 5 rounds"):
@@ -309,6 +328,7 @@ def test_a_shard_whose_name_no_file_can_have_is_refused(tmp_path: Path, shard: A
         *(3, "x", [], {}, {"lora_a": "a.weight.A"}),
         {"lora_a": 1, "lora_b": "a.weight.B", "scaling": 2.0, "transposed": False},
         {"lora_a": "a.weight.A", "lora_b": "a.weight.B", "scaling": float("inf"), "transposed": False},
+        {"lora_a": "a.weight.A", "lora_b": "a.weight.B", "scaling": 10**400, "transposed": False},
         {"lora_a": "a.weight.A", "lora_b": "a.weight.B", "scaling": "2", "transposed": False},
         {"lora_a": "a.weight.A", "lora_b": "a.weight.B", "scaling": 2.0, "transposed": False, "more": 1},
         {"lora_a": "a.weight.B", "lora_b": "a.weight.B", "scaling": 2.0, "transposed": False},

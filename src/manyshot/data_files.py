@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from manyshot.errors import DataError, suggestion
 
 Row = dict[str, Any]
 MISSING = object()
+# JSON's way to write half of a character, be its other half there or not
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # a packed file may unpack to so much, or to so many times its size; a row without columns counts as well
 UNPACKED_BYTES, UNPACKED_TIMES, ROW_BYTES = 2**28, 1000, 64
@@ -116,6 +119,18 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
 
 
+def _loads(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for all that is none, half a character (a cut emoji) included."""
+    value = json.loads(text)
+    if HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise ValueError(f"half a character, \\u{half:04x}, which no tokenizer reads") from None
+    return value
+
+
 def _read_jsonl(path: Path, task: str) -> list[Row]:
     rows = []
     for number, blob in enumerate(_read_bytes(path).split(b"\n"), start=1):
@@ -123,7 +138,7 @@ def _read_jsonl(path: Path, task: str) -> list[Row]:
         if not blob.strip():
             continue
         try:
-            row = json.loads(blob.decode("utf-8"))
+            row = _loads(blob.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: not UTF-8 (byte {error.start} is 0x{blob[error.start]:02x})") from None
         except json.JSONDecodeError as error:
@@ -139,7 +154,7 @@ def _read_jsonl(path: Path, task: str) -> list[Row]:
 def _read_json(path: Path, task: str) -> list[Row]:
     where = f"task '{task}': {path}"
     try:
-        value = json.loads(_read_bytes(path).decode("utf-8"))
+        value = _loads(_read_bytes(path).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error})") from None
     except json.JSONDecodeError as error:

@@ -6,8 +6,8 @@ down as Go template; one that does anything else is not, since a wrong template 
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -290,4 +290,4 @@ def modelfile(sources: Sequence[str], template: ChatTemplate, generation: dict[s
 
 def _is_number(value: object) -> bool:
     """Whether a setting of a base's file may stand in a Modelfile: a text could bring lines of its own."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -6,6 +6,7 @@ Arithmetic is float32 here whatever its `dtype` says; the merged model gets `out
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def _parameters(found: object, allowed: tuple[str, ...], where: str) -> dict[str
             raise RecipeError(f"{where}.{key}: cannot be taken; there are: {', '.join(allowed)}")
         if not isinstance(value, int | float | bool):
             raise RecipeError(f"{where}.{key}: a gradient or filter cannot be taken; 'overrides' are for that here")
+        if not abs(value) <= sys.float_info.max:
+            raise RecipeError(f"{where}.{key}: is beyond the numbers that a merge can hold")
     return dict(found)
 
 

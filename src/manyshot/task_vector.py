@@ -201,7 +201,7 @@ def _read_factors(file: Path) -> dict[str, Factor]:
         except TypeError:
             raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}") from None
         types = [type(value) for value in vars(factor).values()]
-        if types not in ([str, str, float, bool], [str, str, int, bool]) or not abs(factor.scaling) < math.inf:
+        if types not in ([str, str, float, bool], [str, str, int, bool]) or not abs(factor.scaling) < LARGEST:
             raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}")
         found[name] = factor
     return found
