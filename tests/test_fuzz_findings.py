@@ -18,6 +18,7 @@ from conftest import write_base
 from manyshot import data_files
 from manyshot.data_files import read_file
 from manyshot.errors import DataError, ManyshotError, ModelError, RecipeError, RunFolderError
+from manyshot.export_source import open_source
 from manyshot.inspect_input import open_round
 from manyshot.live_metrics import MetricsTail
 from manyshot.live_state import LiveRun
@@ -131,6 +132,16 @@ def test_a_record_of_a_place_that_no_system_can_have_is_damaged(tmp_path: Path, 
     )
     with pytest.raises(RunFolderError, match=r"removed\.json: is damaged"):
         finish_removing(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "/", "a\0b", "\ud800"])
+def test_a_run_whose_pretrained_model_can_be_nowhere_is_refused_at_once(tmp_path: Path, path: str) -> None:
+    run, began = FakeRun(tmp_path / "run", ["a"], rounds=1).write(), time.process_time()
+    said = {"base_model": {"path": path, "name": "m"}, "identity": {"model": "0"}}
+    (run / "environment.json").write_text(json.dumps(said), "utf-8")
+    with pytest.raises(ManyshotError, match=r"its pretrained model is gone|/ has no config\.json"):
+        open_source(run, None)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop", "pipe"])

@@ -53,15 +53,16 @@ def find_base_folder(spec: str, *, trust_remote_code: bool = False, need_config:
     if spec.endswith(".gguf"):
         folder, files = gguf_folder(Path(spec))
         return BaseModel(Path(spec).stem, folder, content_key(files), files)
-    if Path(spec).is_dir():
+    # os.path says of a name that no system can have that nothing is there, and pathlib raises
+    if os.path.isdir(spec):
         folder, name = Path(spec).resolve(), spec
-    elif Path(spec).exists():
+    elif os.path.exists(spec):
         raise ModelError(f"model: {spec} is a file; give a model folder, a .gguf file or a Hub id")
     else:
         folder, name = _download(spec, trust_remote_code=trust_remote_code), spec
-    refuse_links_out(folder)
     if need_config and not (folder / "config.json").is_file():
         raise ModelError(f"model: {folder} has no config.json")
+    refuse_links_out(folder)
     return BaseModel(name, folder, "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ def origin_of(spec: str, base: BaseModel) -> Origin:
 
 def is_hub_id(name: str) -> bool:
     """Whether a recipe's resolved `name` is an id of the Hub: what is found on this machine became an absolute path."""
-    return HUB_ID.fullmatch(name) is not None and not name.endswith((".gguf", ".git")) and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not name.endswith((".gguf", ".git")) and not os.path.exists(name)
 
 
 def _front_matter_of(path: Path) -> dict[str, Any]:

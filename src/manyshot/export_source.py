@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _base(folder: RunFolder, environment: Mapping[str, Any]) -> tuple[Path, str]
     if not isinstance(described, dict) or not isinstance(identity, dict):
         raise RunFolderError(f"{folder.environment}: does not say base_model and identity")
     path = Path(str(described.get("path")))
-    if not path.is_dir():
+    if not os.path.isdir(path):  # pathlib raises where a name is too long to be one
         raise RunFolderError(f"{folder.path}: its pretrained model is gone ({path})")
     if find_base_model(str(path)).digest != identity.get("model"):
         raise RunFolderError(

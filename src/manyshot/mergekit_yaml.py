@@ -5,6 +5,7 @@ Arithmetic is float32 here whatever its `dtype` says; the merged model gets `out
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ def _base(named: object, models: list[str], method: str, shared: Mapping[str, An
     if method != "linear" or not models:
         missing = "models: is empty" if not models else f"base_model: is missing; {method} needs it"
         raise RecipeError(f"{file}: {missing}")
-    return models[0] if Path(models[0]).exists() else models[0].partition("+")[0]
+    return models[0] if os.path.exists(models[0]) else models[0].partition("+")[0]
 
 
 def _parameters(found: object, allowed: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _parameters(found: object, allowed: tuple[str, ...], where: str) -> dict[str
 def _adapter(model: str, base: str, file: str) -> str:
     """mergekit writes an adapter as base+adapter."""
     name, plus, adapter = model.partition("+")
-    if not plus or Path(model).exists():
+    if not plus or os.path.exists(model):
         return model
     if name != base:
         raise RecipeError(f"{file}: models: '{model}' is an adapter on another model than base_model '{base}'")

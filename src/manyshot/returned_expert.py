@@ -104,7 +104,7 @@ def _keep_adapter(
 def _same_place(said: str, names: tuple[str, ...]) -> bool:
     """Whether a path leads to one of the folders by another way."""
     path = Path(said)
-    return path.exists() and any(Path(name).exists() and path.samefile(name) for name in names)
+    return path.exists() and any(os.path.exists(name) and path.samefile(name) for name in names)
 
 
 def _keep_model(found: Path, base: Checkpoint, folder: Path, transfer: Transfer) -> None:
