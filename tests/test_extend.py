@@ -13,6 +13,7 @@ from manyshot import extend_command
 from manyshot.cli import app
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.extend_command import extend
+from manyshot.gap_weights import gap_weights, remember
 from manyshot.manifest import find_damages
 from manyshot.report_command import write_report
 from manyshot.rundir import read_json
@@ -107,8 +108,9 @@ def test_extend_that_is_interrupted_says_how_to_go_on(
     assert (ended.exit_code, ended.stderr) == (130, f"manyshot: interrupted; go on with {again}\n")
 
 
-def test_extend_adds_a_task_that_is_measured_everywhere_and_trained_from_now_on(runs: Runs) -> None:
-    overrides = (*SHORT, "evaluation.experts=true")
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+def test_extend_adds_a_task_that_is_measured_everywhere_and_trained_from_now_on(runs: Runs, memory: float) -> None:
+    overrides = (*SHORT, "evaluation.experts=true", f"operator={{name: metis, mask: false, weight_memory: {memory}}}")
     folder, task = finished(runs, *overrides), TASKS[2]
     before = contents(folder)
     data = runs.folder / "data"
@@ -121,7 +123,12 @@ def test_extend_adds_a_task_that_is_measured_everywhere_and_trained_from_now_on(
     assert all(set(model["scores"]) == set(TASKS) and set(model["losses"]) == set(TASKS) for model in models)
     assert read_json(folder / "round_002" / task / "local_update.json")["steps"] == 3
     assert read_json(folder / "experts" / task / "local_update.json")["steps"] == 2  # as many as the others'
-    assert set(read_json(folder / "round_002" / "loss_gap.json")["weights"]) == set(TASKS)
+    weighed = read_json(folder / "round_002" / "loss_gap.json")
+    assert set(weighed["weights"]) == set(TASKS)
+    earlier = read_json(folder / "round_001" / "loss_gap.json")["weights"] | {task: 1 / len(TASKS)}
+    now = gap_weights(list(weighed["loss_gaps"].values()), weighed["temperature"])
+    expected = remember(now, [earlier[name] for name in weighed["loss_gaps"]], memory)
+    assert list(weighed["weights"].values()) == pytest.approx(expected)
     assert result.normalized is not None and set(result.normalized["tasks"]) == set(TASKS)
     status = run_status(folder)
     assert status["finished"] and status["next"] is None and status["tasks"] == list(TASKS)

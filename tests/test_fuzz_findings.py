@@ -241,9 +241,7 @@ def test_a_count_beyond_whole_numbers_of_floats_is_refused() -> None:
 def test_data_with_half_a_character_is_refused(tmp_path: Path, suffix: str, text: str) -> None:
     file = tmp_path / f"rows.{suffix}"
     file.write_text(text, "utf-8")
-    with pytest.raises(
-        DataError, match=rf"rows\.{suffix}.*: cannot be read \(half a character, .u[0-9a-f]{{4}},"
-    ):
+    with pytest.raises(DataError, match=rf"rows\.{suffix}.*: cannot be read \(half a character, .u[0-9a-f]{{4}},"):
         read_file(file, "task")
     file.write_text(text.replace("\\ud83d", "\\ud83d\\ude00").replace("\\uDC00", "\\\\uDC00"), "utf-8")
     assert read_file(file, "task")  # a whole one, and a text about one

@@ -364,6 +364,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps_merge": {
         "merge_report",
         "removed",
+        "segments",
         *{"adapters", "errors", "export", "gap_weights", "manifest", "match", "models", "operators", "outer"},
         *{"outer_choice", "round_merge", "rundir", "steps", "steps_guard", "steps_search", "steps_train"},
         *{"task_vector", "tensors"},

@@ -11,7 +11,6 @@ from pathlib import Path
 from manyshot.disk import disk_errors
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.executors import Executor
-from manyshot.gap_weights import memory_of
 from manyshot.inputs import check_inputs
 from manyshot.manifest import unseal
 from manyshot.outer import MEMORIES, STATE_NAME
@@ -97,8 +96,6 @@ def refuse_changes(begun: Recipe, recipe: Recipe) -> None:
     wrong = [line for line in found if not _may_differ(line, begun, recipe)]
     if begun.local_update.schedule_scope == "run":
         wrong.append("local_update.schedule_scope: run has decayed the learning rate to its end; nothing follows that")
-    if memory_of(recipe.method) and set(recipe.tasks) != set(begun.tasks):
-        wrong.append("operator.weight_memory: goes on from the weights of all tasks, and one that is added has none")
     if wrong:
         raise RecipeError("an extended run goes on as it was begun:\n" + "\n".join(wrong))
 

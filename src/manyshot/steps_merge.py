@@ -27,6 +27,7 @@ from manyshot.outer_choice import make_outer
 from manyshot.removed import refuse_removed, why_removed
 from manyshot.round_merge import MergePart, merge_factors, merge_part, merge_weights, scale_update, write_update
 from manyshot.rundir import ROLLBACK, read_json, remove, write_json
+from manyshot.segments import first_rounds
 from manyshot.steps import Expert, Json, Merged, Run, measure, seal_step
 from manyshot.steps_guard import guard
 from manyshot.steps_search import WORK_FOLDER, search_scaling
@@ -61,19 +62,22 @@ def weigh(
 def _weights_before(run: Run, round_index: int, names: Sequence[str]) -> list[float] | None:
     """The weights of the round before; None in the first round and in a post-hoc merge.
 
-    A task that was left out of it has those of the last round that it was in, 1/T where it was in none.
+    A task that was left out of it has those of the last round that it was in, 1/T where it was in none (as one has that
+    came with an extension).
     """
     if round_index < 2:
         return None
     found: dict[str, float] = {}
+    since = first_rounds(run.folder.path, run.names)
     for earlier in range(round_index - 1, 0, -1):
+        there = [name for name in run.names if since.get(name, 1) <= earlier]
         path = run.folder.round(earlier) / "loss_gap.json"
         record = read_json(path)
         weights: dict[str, float] = record.get("weights", {})
-        if {*weights, *record.get("skipped", {})} != set(run.names):
+        if {*weights, *record.get("skipped", {})} != set(there):
             raise RunFolderError(
                 f"{path}: holds weights of {', '.join(sorted(weights)) or 'no task'}, and operator.weight_memory needs "
-                f"those of {', '.join(run.names)}; remove the round's folder to redo it"
+                f"those of {', '.join(there)}; remove the round's folder to redo it"
             )
         found = weights | found
         if all(name in found for name in names):
