@@ -53,8 +53,15 @@ PRESETS: dict[str, tuple[Fill, ...]] = {
         ),
         Fill(
             "operator",
-            {"temperature": 0.5},
-            "in the gaps' unit: a task that lacks half of its expert's gain more than another has e times its weight",
+            {"temperature": 1.0},
+            "in the gaps' unit: a task that lacks all of its expert's gain has e times the weight of one that lacks nothing",
+            beside={"gap": "relative"},
+        ),
+        Fill(
+            "operator",
+            {"weight_memory": 0.5},
+            "a gap that stays counts twice in the end; where tasks contradict each other, weights that follow every "
+            "round's gaps swing between them from round to round",
             beside={"gap": "relative"},
         ),
         Fill(
