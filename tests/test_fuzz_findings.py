@@ -141,6 +141,10 @@ def test_a_run_whose_pretrained_model_can_be_nowhere_is_refused_at_once(tmp_path
     (run / "environment.json").write_text(json.dumps(said), "utf-8")
     with pytest.raises(ManyshotError, match=r"its pretrained model is gone|/ has no config\.json"):
         open_source(run, None)
+    with pytest.raises(ManyshotError):
+        open_round(run)
+    with pytest.raises(ModelError, match=r"no such model folder|without weights"):
+        Checkpoint(Path(path))
     assert time.process_time() - began < 2
 
 

@@ -186,9 +186,10 @@ class Checkpoint:
 
 def find_weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder, from its index where it has one."""
-    if path.is_file():
+    # os.path says of a name that no system can have that nothing is there, and pathlib raises
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelError(f"{path}: no such model folder")
     index, weight_map = path / INDEX_NAME, _weight_map(path)
     if weight_map is not None:
