@@ -54,7 +54,8 @@ PRESETS: dict[str, tuple[Fill, ...]] = {
         Fill(
             "operator",
             {"temperature": 1.0},
-            "in the gaps' unit: a task that lacks all of its expert's gain has e times the weight of one that lacks nothing",
+            "in the gaps' unit: a task that lacks all of its expert's gain has e times the weight of one that lacks "
+            "nothing",
             beside={"gap": "relative"},
         ),
         Fill(
