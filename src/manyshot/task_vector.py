@@ -8,6 +8,7 @@ Names: O = output rows, I = input columns, R = rank, N = rows, P = entries of a 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +202,10 @@ def _read_factors(file: Path) -> dict[str, Factor]:
         except TypeError:
             raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}") from None
         types = [type(value) for value in vars(factor).values()]
-        if types not in ([str, str, float, bool], [str, str, int, bool]) or not abs(factor.scaling) < LARGEST:
+        if (
+            types not in ([str, str, float, bool], [str, str, int, bool])
+            or not abs(factor.scaling) <= sys.float_info.max
+        ):
             raise ModelError(f"{file}: '{name}' is no pair of factors: {entry!r}")
         found[name] = factor
     return found
