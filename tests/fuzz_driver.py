@@ -200,6 +200,11 @@ class Session:
             os._exit(70)
         os._exit(0)
 
+    def _drawn(self, target: Target, index: int, corpus: list[bytes]) -> bytes:
+        """Input number `index`, by the seed."""
+        rng = random.Random(f"{self.seed}/{target.name}/{index}")
+        return target.mutate(rng.choice(corpus), rng, corpus)
+
     def _loop(self, arena: Arena, target: Target, until: int, current: Path) -> None:
         place = self.corpus / slug(target.name)
         place.mkdir(exist_ok=True)
@@ -208,8 +213,7 @@ class Session:
         known = {answer_kind(*try_input(arena, target, data)) for data in corpus}
         sweep = Sweep(target) if self.seed == SWEEP else None
         for index in range(counts["inputs"], until):
-            rng = random.Random(f"{self.seed}/{target.name}/{index}")
-            data = target.mutate(rng.choice(corpus), rng, corpus) if sweep is None else sweep[index]
+            data = self._drawn(target, index, corpus) if sweep is None else sweep[index]
             current.write_bytes(f"{index}\n".encode() + data)
             began = time.process_time()
             kind, what = try_input(arena, target, data)

@@ -18,9 +18,14 @@ from manyshot.tasks import check_batch, shared_rows
 from manyshot.trainer import check_trainer_arguments
 
 
+def trained_tasks(recipe: CompareRecipe) -> tuple[str, ...]:
+    """Every task that is in a task set, once."""
+    return tuple(dict.fromkeys(task for one in recipe.sets.values() for task in one.tasks))
+
+
 def check_all_inputs(recipe: CompareRecipe, progress: Progress) -> dict[tuple[str, int], Inputs]:
     """Load and check data and model for every backbone and seed, before the first step."""
-    names = tuple(dict.fromkeys(task for one in recipe.sets.values() for task in one.tasks))
+    names = trained_tasks(recipe)
     for warning in method_warnings(recipe):
         progress.message(f"warning: {warning}")
     found = {}
@@ -60,7 +65,7 @@ def check_space(
 
 def runs_of(recipe: CompareRecipe, found: Mapping[tuple[str, int], Inputs]) -> Iterator[tuple[Recipe, Inputs]]:
     """One run for every backbone and way to train: what cells need memory for."""
-    names = tuple(dict.fromkeys(task for one in recipe.sets.values() for task in one.tasks))
+    names = trained_tasks(recipe)
     ways = [recipe.shared, *(candidate for name in recipe.methods for candidate in recipe.possible(name))]
     for model, (seed, inputs) in {model: (seed, inputs) for (model, seed), inputs in found.items()}.items():
         seen: list[LocalUpdate] = []

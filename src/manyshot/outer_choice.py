@@ -19,7 +19,8 @@ def make_outer(
     """
     step_size, optimizer = merge.outer_step_size, merge.outer_optimizer
     remembers = bool(MEMORIES[optimizer])
-    momentum = merge.momentum_of(max(1, round_index - anew))
+    counted = max(1, round_index - anew)
+    momentum = merge.momentum_of(counted)
     return Outer(
         step_size[max(1, round_index) - 1] if isinstance(step_size, tuple) else step_size,
         momentum,
@@ -27,7 +28,7 @@ def make_outer(
         optimizer,
         betas=(merge.outer_beta1, merge.outer_beta2),
         epsilon=merge.outer_epsilon,
-        round_index=max(1, round_index - anew),
+        round_index=counted,
         state=StoredTaskVector(state) if state and remembers else None,
         leaves=leaves if remembers else None,
     )

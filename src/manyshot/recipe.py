@@ -288,25 +288,19 @@ def outer_problems(merge: Merge, rounds: int) -> Problems:
 
 
 def _outer_settings_problems(merge: Merge) -> Problems:
-    settings = (
-        *("outer_optimizer", "outer_step_size", "outer_momentum", "outer_momentum_schedule"),
-        *("outer_beta1", "outer_beta2", "outer_epsilon"),
-    )
+    momentum, adams = ("outer_momentum", "outer_momentum_schedule"), ("outer_beta1", "outer_beta2", "outer_epsilon")
+    settings = ("outer_optimizer", "outer_step_size", *momentum, *adams)
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
     if merge.reference == "pretrained":
         return [(f"merge.{key}", "is part of the outer optimizer, which needs reference: start") for key in changed[:1]]
     if merge.outer_optimizer != "adam":
-        found = [
-            (f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in settings[4:]
-        ]
+        found = [(f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in adams]
         if merge.outer_optimizer == "nesterov" and not merge.outer_momentum:
             found.append(("merge.outer_momentum", "is 0, and nesterov is a form of momentum; give one, such as 0.7"))
         elif merge.outer_momentum_schedule != "constant" and not merge.outer_momentum:
             found.append(("merge.outer_momentum_schedule", "is of a momentum, and merge.outer_momentum is 0"))
         return found
-    found = [("merge.outer_momentum", "adam has outer_beta1 in its place")] if merge.outer_momentum else []
-    if merge.outer_momentum_schedule != "constant":
-        found.append(("merge.outer_momentum_schedule", "adam has outer_beta1 in its place"))
+    found = [(f"merge.{key}", "adam has outer_beta1 in its place") for key in changed if key in momentum]
     if "outer_step_size" not in changed:
         text = "with adam every weight moves by about this much in a round; 1 is far too large, give one such as 1e-4"
         found.append(("merge.outer_step_size", text))
