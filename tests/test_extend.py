@@ -27,6 +27,7 @@ SMALL = ("evaluation.validation_examples=2", "evaluation.test_examples=2")
 SHORT = (*SMALL, "protocol.rounds=1", "protocol.local_steps=2")
 LONG = (*SMALL, "protocol.rounds=2", "protocol.local_steps=4")
 NESTEROV = ("merge.reference=start", "merge.outer_optimizer=nesterov", "merge.outer_momentum=0.5")
+ARRIVES = (*NESTEROV, "merge.outer_look_ahead=between_rounds")
 # what names the recipe that a local update, and so all else, was made by
 RECIPE_NAMED = ("local_update.json", "README.md", "manifest.json")
 
@@ -51,7 +52,7 @@ def rounds_of(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if name.startswith("round_") and not name.endswith(RECIPE_NAMED)}
 
 
-@pytest.mark.parametrize("settings", [(), NESTEROV], ids=["plain", "nesterov"])
+@pytest.mark.parametrize("settings", [(), NESTEROV, ARRIVES], ids=["plain", "nesterov", "arrives"])
 def test_extend_ends_with_the_bytes_of_a_run_that_was_as_long_from_the_beginning(
     settings: tuple[str, ...], runs: Runs
 ) -> None:

@@ -222,6 +222,10 @@ AUTO = "operator.scaling=auto"
             ("merge.reference=start", "merge.outer_momentum_schedule=ramp"),
             "merge.outer_momentum_schedule: is of a momentum, and merge.outer_momentum is 0",
         ),
+        (
+            ("merge.reference=start", "merge.outer_momentum=0.5", "merge.outer_look_ahead=between_rounds"),
+            "merge.outer_look_ahead: is nesterov's; set merge.outer_optimizer: nesterov",
+        ),
         (("merge.outer_momentum_schedule=ramp",), "merge.outer_momentum_schedule: is part of the outer optimizer"),
     ],
 )

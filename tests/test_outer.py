@@ -212,10 +212,18 @@ def test_outer_momentum_ramps_up_and_begins_again_after_a_rollback() -> None:
 RUNS = {
     "nesterov": ("merge.outer_optimizer=nesterov", "merge.outer_momentum=0.6", "merge.outer_step_size=[0.5, 1.5, 0.7]"),
     "ramp": ("merge.outer_optimizer=nesterov", "merge.outer_momentum=0.3", "merge.outer_momentum_schedule=ramp"),
+    "arrives": (
+        *("merge.outer_optimizer=nesterov", "merge.outer_momentum=0.6", "merge.outer_step_size=[0.5, 1.5, 0.7]"),
+        "merge.outer_look_ahead=between_rounds",
+    ),
     "adam": ("merge.outer_optimizer=adam", "merge.outer_step_size=0.002", "merge.outer_epsilon=1e-4"),
 }
 # step sizes and momenta of rounds 1 to 3: the ramp is 0, 1/4, 2/5, and at most 0.3
-NESTEROVS = {"nesterov": ((0.5, 1.5, 0.7), (0.6, 0.6, 0.6)), "ramp": ((1.0, 1.0, 1.0), (0.0, 0.25, 0.3))}
+NESTEROVS = {
+    "nesterov": ((0.5, 1.5, 0.7), (0.6, 0.6, 0.6)),
+    "ramp": ((1.0, 1.0, 1.0), (0.0, 0.25, 0.3)),
+    "arrives": ((0.5, 1.5, 0.7), (0.6, 0.6, 0.0)),
+}
 
 
 @pytest.fixture(scope="module")

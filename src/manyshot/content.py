@@ -14,6 +14,7 @@ LATER: dict[str, dict[str, Any]] = {
     "merge": {
         "outer_optimizer": "sgd",
         "outer_momentum_schedule": "constant",
+        "outer_look_ahead": "always",
         "outer_beta1": 0.9,
         "outer_beta2": 0.99,
         "outer_epsilon": 1e-5,

@@ -62,6 +62,9 @@ class Merge(Section):
     outer_momentum_schedule: Literal["constant", "ramp"] = Field(
         "constant", description="ramp: round r has at most (r − 1)/(r + 2) of it, as in Nesterov's own method"
     )
+    outer_look_ahead: Literal["always", "between_rounds"] = Field(
+        "always", description="nesterov, between_rounds: the last round, which no round follows, takes its plain step"
+    )
     outer_beta1: float = Field(0.9, ge=0, lt=1, description="adam: share of the mean update that is kept")
     outer_beta2: float = Field(0.99, ge=0, lt=1, description="adam: share of the mean square that is kept")
     outer_epsilon: Positive = Field(1e-5, description="adam: entries whose updates are well below it keep their ratios")
@@ -90,6 +93,7 @@ class Merge(Section):
     def once(self) -> Merge:
         """The same for a merge that none comes before or after: nesterov's step ahead is for rounds that follow."""
         plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0, "outer_momentum_schedule": "constant"}
+        plain["outer_look_ahead"] = "always"
         return self.model_copy(update=plain) if self.outer_optimizer == "nesterov" else self
 
 
@@ -288,7 +292,8 @@ def outer_problems(merge: Merge, rounds: int) -> Problems:
 
 
 def _outer_settings_problems(merge: Merge) -> Problems:
-    momentum, adams = ("outer_momentum", "outer_momentum_schedule"), ("outer_beta1", "outer_beta2", "outer_epsilon")
+    momentum = ("outer_momentum", "outer_momentum_schedule", "outer_look_ahead")
+    adams = ("outer_beta1", "outer_beta2", "outer_epsilon")
     settings = ("outer_optimizer", "outer_step_size", *momentum, *adams)
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
     if merge.reference == "pretrained":
@@ -297,6 +302,8 @@ def _outer_settings_problems(merge: Merge) -> Problems:
         found = [(f"merge.{key}", "is adam's; set merge.outer_optimizer: adam") for key in changed if key in adams]
         if merge.outer_optimizer == "nesterov" and not merge.outer_momentum:
             found.append(("merge.outer_momentum", "is 0, and nesterov is a form of momentum; give one, such as 0.7"))
+        elif merge.outer_optimizer != "nesterov" and merge.outer_look_ahead != "always":
+            found.append(("merge.outer_look_ahead", "is nesterov's; set merge.outer_optimizer: nesterov"))
         elif merge.outer_momentum_schedule != "constant" and not merge.outer_momentum:
             found.append(("merge.outer_momentum_schedule", "is of a momentum, and merge.outer_momentum is 0"))
         return found
