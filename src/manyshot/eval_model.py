@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,7 @@ def _with_adapter(kind: str, state: ModelState, adapter: Path) -> tuple[str, Mod
 
 
 def _pretrained(folder: RunFolder) -> ModelState:
-    described = read_json(folder.environment).get("base_model")
-    if not isinstance(described, dict) or not isinstance(described.get("path"), str):
-        raise RunFolderError(f"{folder.environment}: does not say base_model.path")
-    if not os.path.isdir(described["path"]):
-        raise RunFolderError(f"{folder.path}: its pretrained model is gone ({described['path']})")
-    return ModelState(Path(described["path"]), trust_remote_code=load_recipe(folder.recipe).trust_remote_code)
+    return ModelState(folder.pretrained(), trust_remote_code=load_recipe(folder.recipe).trust_remote_code)
 
 
 def _round(folder: RunFolder, round_index: int | None) -> tuple[str, ModelState]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,18 +115,15 @@ def _read_recipe(folder: RunFolder) -> Recipe:
 
 def _base(folder: RunFolder, environment: Mapping[str, Any]) -> tuple[Path, str]:
     """The run's pretrained model: its folder and its name."""
-    described, identity = environment.get("base_model"), environment.get("identity")
-    if not isinstance(described, dict) or not isinstance(identity, dict):
-        raise RunFolderError(f"{folder.environment}: does not say base_model and identity")
-    path = Path(str(described.get("path")))
-    if not os.path.isdir(path):  # pathlib raises where a name is too long to be one
-        raise RunFolderError(f"{folder.path}: its pretrained model is gone ({path})")
+    path, identity = folder.pretrained(environment), environment.get("identity")
+    if not isinstance(identity, dict):
+        raise RunFolderError(f"{folder.environment}: does not say identity")
     if find_base_model(str(path)).digest != identity.get("model"):
         raise RunFolderError(
             f"{folder.path}: the content of its pretrained model {path} changed since the run began; put it back as it "
             "was, since the task vector belongs to that one"
         )
-    return path, str(described.get("name"))
+    return path, str(environment["base_model"].get("name"))
 
 
 def _check_task_vector(source: ExportSource) -> None:

@@ -87,7 +87,7 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     left_out = read_json(gaps).get("skipped", {}) if gaps.exists() else {}  # their local update failed
     tasks = [task for task in tasks if task not in left_out]
     models = {task: _expert_path(folder, chosen, task) for task in tasks}
-    pretrained = _pretrained(folder)
+    pretrained = Checkpoint(folder.pretrained())
     updates: list[Update] = []
     for task, model in models.items():
         if model.parent != folder.local_update(chosen, task):  # an expert that was there before the run
@@ -100,13 +100,6 @@ def open_round(path: Path, round_index: int | None = None, reference: Reference 
     stored = StoredTaskVector(start) if chosen > 1 else None
     reader = TaskVectorReader(pretrained, stored, tuple(tasks), tuple(updates), reference or merged_reference)
     return Experts(pretrained, models, reader, path, chosen)
-
-
-def _pretrained(folder: RunFolder) -> Checkpoint:
-    described = read_json(folder.environment).get("base_model")
-    if not isinstance(described, dict) or not isinstance(described.get("path"), str):
-        raise RunFolderError(f"{folder.environment}: does not say base_model.path")
-    return Checkpoint(Path(described["path"]))
 
 
 def _read_recipe(folder: RunFolder) -> tuple[list[str], Reference, str]:

@@ -77,6 +77,15 @@ class RunFolder:
     def expert(self, task: str) -> Path:
         return self.path / "experts" / task
 
+    def pretrained(self, environment: Mapping[str, Any] | None = None) -> Path:
+        """The folder of the run's pretrained model, as environment.json names it. Raises RunFolderError without one."""
+        described = (read_json(self.environment) if environment is None else environment).get("base_model")
+        if not isinstance(described, dict) or not isinstance(described.get("path"), str):
+            raise RunFolderError(f"{self.environment}: does not say base_model.path")
+        if not os.path.isdir(described["path"]):  # pathlib raises where a name is too long to be one
+            raise RunFolderError(f"{self.path}: its pretrained model is gone ({described['path']})")
+        return Path(described["path"])
+
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable."""
