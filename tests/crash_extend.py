@@ -12,16 +12,15 @@ from typing import Any
 from conftest import TASKS
 from crash_check import Case, scores_left, steps_left
 from crash_run import RECIPES, small_recipe, unbroken_life, write_recipe
-from manyshot.rundir import MEASURED, read_json
 
 SHORT = {"rounds": 1, "local_steps": 2}
-# a merge that is made again, to look ahead and to leave the outer optimizer's state; adapters and optimizers that go on
+# a merge that is made again, to leave the outer optimizer's state; adapters and optimizers that go on
 ADAPTERS = RECIPES["adapters"] | {"protocol": SHORT}
 ADAPTERS["merge"] = ADAPTERS["merge"] | {"outer_look_ahead": "between_rounds"}
 EXPERTS = {"protocol": SHORT, "evaluation": {"experts": True}}
 # files that say what the run is now, and so are written anew when it becomes another
 OF_THE_RUN = ("recipe.yaml", "extended.json", "environment.json", "splits.json", "scores.json")
-OF_THE_LAST_MERGE = ("merge.json", "task_vector.safetensors", "DONE.json", *MEASURED)
+OF_THE_LAST_MERGE = ("round_001/merge.json", "round_001/task_vector.safetensors", "round_001/DONE.json")
 
 
 def cases(work: Path) -> list[Callable[[], Case]]:
@@ -43,24 +42,17 @@ def case(work: Path, name: str, settings: Mapping[str, Any], added: Sequence[str
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(finished, folder, symlinks=True)
 
-    def is_as_it_was(folder: Path) -> bool:
-        return (folder / "recipe.yaml").read_bytes() == (finished / "recipe.yaml").read_bytes()
-
     def command(folder: Path) -> list[str]:
         """The same command again, until the run's recipe is the longer one; then that is a run to go on with."""
-        if is_as_it_was(folder):
+        now = folder / "recipe.yaml"
+        if now.read_bytes() == (finished / "recipe.yaml").read_bytes():
             return ["extend", str(folder), *added, "--quiet"]
-        return ["run", str(folder / "recipe.yaml"), "--output", str(folder), "--resume", "--quiet"]
+        return ["run", str(now), "--output", str(folder), "--resume", "--quiet"]
 
     begin(folder)
     unbroken, life = unbroken_life(work, folder, command)
 
     def left(folder: Path) -> Counter[str]:
-        scores = scores_left(unbroken, folder)
-        if "merge" in settings and is_as_it_was(folder) and (old := folder / "round_001" / "scores.json").exists():
-            scores += len(read_json(old))  # those of the model that the last merge is to be made again for
-        return Counter(steps=steps_left(unbroken, folder), scores=scores)
+        return Counter(steps=steps_left(unbroken, folder), scores=scores_left(unbroken, folder))
 
-    merged = [str(file.relative_to(unbroken)) for file in (unbroken / "round_001" / "merged").glob("*")]
-    again = [f"round_001/{name}" for name in OF_THE_LAST_MERGE] + merged if "merge" in settings else []
-    return Case(name, folder, unbroken, life, begin, command, left, (*OF_THE_RUN, *again))
+    return Case(name, folder, unbroken, life, begin, command, left, OF_THE_RUN + OF_THE_LAST_MERGE)

@@ -12,7 +12,7 @@ from manyshot.disk import disk_errors
 from manyshot.errors import RecipeError, RunFolderError
 from manyshot.executors import Executor
 from manyshot.inputs import check_inputs
-from manyshot.manifest import MANIFEST, unseal
+from manyshot.manifest import unseal
 from manyshot.outer import MEMORIES, STATE_NAME
 from manyshot.progress import Listener
 from manyshot.recipe import Recipe
@@ -31,10 +31,6 @@ from manyshot.status import resume_command
 LONGER = ("protocol.rounds", "protocol.local_steps")
 # settings with one value per round: those of rounds that are over must be what they were
 PER_ROUND = ("operator", "overrides", "merge.outer_step_size")
-# the steps of a round, and its files, that are repeated so that it leaves the outer optimizer's state; and the steps
-# where the merged model becomes another one
-MERGE, MERGE_RECORDS = ("records", "merge"), ["DONE.json", "merge.json"]
-FROM_MERGE_ON = ("records", "merge", "merged model", "measurement")
 
 
 def extend(
@@ -125,16 +121,6 @@ def _step_size(recipe: Recipe, round_index: int) -> float:
     return size[round_index - 1] if isinstance(size, tuple) else size
 
 
-def _arrived(begun: Recipe) -> bool:
-    """Whether the last round took its plain step because no other one was to follow."""
-    return begun.merge.outer_look_ahead == "between_rounds"
-
-
-def _made_of_merge(place: Path, begun: Recipe) -> list[str]:
-    """What there is in a round's folder but for its local updates and what weighed them."""
-    return [one.name for one in sorted(place.iterdir()) if one.name not in {*begun.tasks, "loss_gap.json", MANIFEST}]
-
-
 def _finished(folder: RunFolder) -> Recipe:
     """The recipe of a run that has finished. Raises RunFolderError for one that has not, or for no run."""
     if not folder.recipe.exists():
@@ -162,11 +148,8 @@ def _note(folder: RunFolder, begun: Recipe, recipe: Recipe) -> None:
     unseal(folder.path, "scores")
     place = folder.round(last)
     if _merges_again(folder, begun, recipe):
-        unseal(folder.path, f"round {last}")
-        # looking ahead after all, it ends at another model; without that, at the one there is
-        steps, names = (FROM_MERGE_ON, _made_of_merge(place, begun)) if _arrived(begun) else (MERGE, MERGE_RECORDS)
-        for step in steps:
-            unseal(place, step)
-        for name in names:
+        for where, step in ((folder.path, f"round {last}"), (place, "records"), (place, "merge")):
+            unseal(where, step)
+        for name in ("DONE.json", "merge.json"):
             remove(place / name)
     write_text(folder.recipe, to_yaml(recipe))

@@ -264,6 +264,7 @@ class FederatedRun:
             before=self._file(round_index - 2, TASK_VECTOR) if round_index > 2 else None,
             state=self._file(round_index - 1, STATE_NAME) if round_index > 1 else None,
             leaves=self._file(round_index, STATE_NAME) if round_index < self.recipe.rounds else None,
+            last=round_index == self.recipe.rounds,
         )
 
     def _file(self, round_index: int, name: str) -> Path:

@@ -4,6 +4,7 @@ With η = `outer_step_size`, μ = `outer_momentum`, β₁, β₂ and ε = `outer
 
     sgd        Θʳ = Θʳ⁻¹ + η d + μ (Θʳ⁻¹ − Θʳ⁻²)                        heavy ball; η = 1, μ = 0 is plain ATM
     nesterov   bʳ = μ bʳ⁻¹ + d        Θʳ = Θʳ⁻¹ + η (d + μ bʳ)           DiLoCo, arXiv 2311.08105
+                                      Θᴿ = Θᴿ⁻¹ + η d                    the last, with look_ahead: between_rounds
     adam       mʳ = β₁ mʳ⁻¹ + (1 − β₁) d,   sʳ = β₂ sʳ⁻¹ + (1 − β₂) d²   FedAdam, arXiv 2003.00295, with
                Θʳ = Θʳ⁻¹ + η m̂ / (√ŝ + ε),  m̂ = mʳ/(1 − β₁ʳ), ŝ = sʳ/(1 − β₂ʳ)   Adam's own correction: R is small
 
@@ -45,7 +46,8 @@ class Outer:
     """The outer optimizer in one round.
 
     `before` is Θʳ⁻² − Θ⁰, for the momentum of sgd. `state` holds what nesterov and adam remember of the round before
-    (None: nothing); `leaves` is where this round writes it for the next one (None: there is none).
+    (None: nothing); `leaves` is where this round writes it for the next one (None: there is none). Without `look_ahead`
+    nesterov steps by η d alone, to where the run has come to and not ahead of it.
     """
 
     step_size: float = 1.0
@@ -57,6 +59,7 @@ class Outer:
     round_index: int = 1
     state: StoredTaskVector | None = None
     leaves: Path | None = None
+    look_ahead: bool = True
 
     @property
     def plain(self) -> bool:
@@ -105,8 +108,9 @@ class Outer:
         velocity_P *= self.momentum
         velocity_P += update_P
         self._remember("velocity", piece, velocity_P, writer)
-        velocity_P *= self.momentum
-        update_P += velocity_P
+        if self.look_ahead:
+            velocity_P *= self.momentum
+            update_P += velocity_P
         update_P *= self.step_size
 
     def _adam(self, piece: Piece, update_P: torch.Tensor, scratch: Scratch, writer: PositionedWriter) -> None:

@@ -270,6 +270,7 @@ def _outer(run: Run, folder: Path, round_index: int) -> Outer:
         state=run.folder.round(round_index - 1) / STATE_NAME if round_index > anew + 1 else None,
         leaves=folder / STATE_NAME if followed else None,
         anew=anew,
+        last=round_index == rounds,
     )
 
 
