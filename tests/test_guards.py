@@ -11,6 +11,7 @@ import pytest
 
 from manyshot.errors import RecipeError
 from manyshot.gap_weights import gap_weights
+from manyshot.guard_advice import shorter_step
 from manyshot.guards import BEFORE_MERGE, Finding, describe, examine
 from manyshot.operators import BUILT_IN
 from manyshot.recipe import Recipe
@@ -407,6 +408,18 @@ def test_guards_suggest_only_what_the_recipe_can_be_given(overrides: tuple[str, 
             except RecipeError as error:
                 pytest.fail(f"{finding.kind}: {suggestion}: {error}")
             assert changed != recipe, (finding.kind, suggestion)
+
+
+def test_guards_do_not_blame_momentum_for_a_last_round_that_had_none() -> None:
+    ahead = make_recipe("operator=mean", START, "merge.outer_optimizer=nesterov", "merge.outer_momentum=0.5")
+    arrives = make_recipe(
+        *("operator=mean", START, "merge.outer_optimizer=nesterov", "merge.outer_momentum=0.5"),
+        "merge.outer_look_ahead=between_rounds",
+    )
+    last = arrives.protocol.rounds
+    assert shorter_step(ahead, 2, last)[0] == "merge.outer_momentum=0.25"
+    assert shorter_step(arrives, 2, last)[0] == "merge.outer_step_size=0.5"
+    assert shorter_step(arrives, 2, last - 1)[0] == "merge.outer_momentum=0.25"
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
