@@ -52,7 +52,7 @@ def test_presets_hold_these_values() -> None:
     assert filled("operator") == {"gap": "relative", "temperature": 1.0, "weight_memory": 0.5, "mask": False}
     assert filled("merge") == {
         **{"reference": "start", "outer_optimizer": "nesterov"},
-        **{"outer_momentum": 0.7, "outer_momentum_schedule": "ramp", "outer_look_ahead": "between_rounds"},
+        **{"outer_momentum": 0.7, "outer_look_ahead": "between_rounds"},
     }
     assert filled("local_update") == {}
     assert PRESETS["paper"] == ()  # declared: test_recipe.py

@@ -76,11 +76,11 @@ PRESETS: dict[str, tuple[Fill, ...]] = {
             "merge",
             {
                 **{"reference": "start", "outer_optimizer": "nesterov"},
-                **{"outer_momentum": 0.7, "outer_momentum_schedule": "ramp", "outer_look_ahead": "between_rounds"},
+                **{"outer_momentum": 0.7, "outer_look_ahead": "between_rounds"},
             },
             "the mean of T unlike updates is 1/T of their sum, and short; with momentum a round goes on where those "
-            "before it went, as far as they agree; it ramps up (0, ¼, ⅖, ½, …), since a full one is too much for the "
-            "first rounds; and the last round does not look ahead, as no round comes that would come back",
+            "before it went, as far as they agree; the last round does not look ahead, as none comes after it that "
+            "would turn back",
             unless=("reference", "outer_optimizer"),
         ),
     ),
