@@ -15,8 +15,8 @@ from crash_run import RECIPES, small_recipe, unbroken_life, write_recipe
 
 SHORT = {"rounds": 1, "local_steps": 2}
 # a merge that is made again, to leave the outer optimizer's state; adapters and optimizers that go on
-ADAPTERS = RECIPES["adapters"] | {"protocol": SHORT}
-ADAPTERS["merge"] = ADAPTERS["merge"] | {"outer_look_ahead": "between_rounds"}
+AHEAD = {"outer_look_ahead": "between_rounds"}
+ADAPTERS = RECIPES["adapters"] | {"protocol": SHORT, "merge": RECIPES["adapters"]["merge"] | AHEAD}
 EXPERTS = {"protocol": SHORT, "evaluation": {"experts": True}}
 # files that say what the run is now, and so are written anew when it becomes another
 OF_THE_RUN = ("recipe.yaml", "extended.json", "environment.json", "splits.json", "scores.json")

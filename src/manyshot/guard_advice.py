@@ -88,8 +88,8 @@ def shorter_step(recipe: Recipe, num_tasks: int, round_index: int) -> Suggestion
     # the first round starts from the pretrained model, and the two references are the same
     may_refer = merge.space == "weights" and round_index > 1
     if merge.reference == "start":
-        ends = merge.outer_look_ahead == "between_rounds" and round_index == recipe.protocol.rounds
-        if not ends and (momentum := merge.momentum_of(round_index)):
+        last = round_index == recipe.protocol.rounds
+        if merge.looks_ahead(last=last) and (momentum := merge.momentum_of(round_index)):
             found.append(f"merge.outer_momentum={momentum / 2:.3g}")
         found.append(f"merge.outer_step_size={_step_size(recipe) / 2:g}")
     elif method.growth(num_tasks) > 1 + 1e-9:

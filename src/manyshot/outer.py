@@ -104,13 +104,14 @@ class Outer:
         update_P += velocity_P
 
     def _nesterov(self, piece: Piece, update_P: torch.Tensor, scratch: Scratch, writer: PositionedWriter) -> None:
-        velocity_P = self._recall("velocity", piece, scratch)
-        velocity_P *= self.momentum
-        velocity_P += update_P
-        self._remember("velocity", piece, velocity_P, writer)
-        if self.look_ahead:
+        if self.look_ahead or self.leaves is not None:  # else nobody takes the velocity
+            velocity_P = self._recall("velocity", piece, scratch)
             velocity_P *= self.momentum
-            update_P += velocity_P
+            velocity_P += update_P
+            self._remember("velocity", piece, velocity_P, writer)
+            if self.look_ahead:
+                velocity_P *= self.momentum
+                update_P += velocity_P
         update_P *= self.step_size
 
     def _adam(self, piece: Piece, update_P: torch.Tensor, scratch: Scratch, writer: PositionedWriter) -> None:

@@ -39,5 +39,5 @@ def make_outer(
         round_index=counted,
         state=StoredTaskVector(state) if state and remembers else None,
         leaves=leaves if remembers else None,
-        look_ahead=not (last and merge.outer_look_ahead == "between_rounds"),
+        look_ahead=merge.looks_ahead(last=last),
     )

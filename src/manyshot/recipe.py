@@ -41,6 +41,10 @@ RESERVED_TASK_ENDINGS = (".partial", ".json", ".safetensors")
 Positive = Annotated[float, Field(gt=0)]
 
 
+# settings of the momentum that sgd and nesterov have
+MOMENTUM = ("outer_momentum", "outer_momentum_schedule", "outer_look_ahead")
+
+
 class Merge(Section):
     """Where and against what task vectors are merged."""
 
@@ -90,10 +94,13 @@ class Merge(Section):
         ramp = (round_index - 1) / (round_index + 2)
         return self.outer_momentum if self.outer_momentum_schedule == "constant" else min(self.outer_momentum, ramp)
 
+    def looks_ahead(self, *, last: bool) -> bool:
+        """Whether a round's model lies ahead of where the run has come to, for a next round to begin with."""
+        return not (last and self.outer_look_ahead == "between_rounds")
+
     def once(self) -> Merge:
         """The same for a merge that none comes before or after: nesterov's step ahead is for rounds that follow."""
-        plain = {"outer_optimizer": "sgd", "outer_momentum": 0.0, "outer_momentum_schedule": "constant"}
-        plain["outer_look_ahead"] = "always"
+        plain = {key: type(self).model_fields[key].default for key in ("outer_optimizer", *MOMENTUM)}
         return self.model_copy(update=plain) if self.outer_optimizer == "nesterov" else self
 
 
@@ -292,9 +299,8 @@ def outer_problems(merge: Merge, rounds: int) -> Problems:
 
 
 def _outer_settings_problems(merge: Merge) -> Problems:
-    momentum = ("outer_momentum", "outer_momentum_schedule", "outer_look_ahead")
     adams = ("outer_beta1", "outer_beta2", "outer_epsilon")
-    settings = ("outer_optimizer", "outer_step_size", *momentum, *adams)
+    settings = ("outer_optimizer", "outer_step_size", *MOMENTUM, *adams)
     changed = [key for key in settings if getattr(merge, key) != Merge.model_fields[key].default]
     if merge.reference == "pretrained":
         return [(f"merge.{key}", "is part of the outer optimizer, which needs reference: start") for key in changed[:1]]
@@ -307,7 +313,7 @@ def _outer_settings_problems(merge: Merge) -> Problems:
         elif merge.outer_momentum_schedule != "constant" and not merge.outer_momentum:
             found.append(("merge.outer_momentum_schedule", "is of a momentum, and merge.outer_momentum is 0"))
         return found
-    found = [(f"merge.{key}", "adam has outer_beta1 in its place") for key in changed if key in momentum]
+    found = [(f"merge.{key}", "adam has outer_beta1 in its place") for key in changed if key in MOMENTUM]
     if "outer_step_size" not in changed:
         text = "with adam every weight moves by about this much in a round; 1 is far too large, give one such as 1e-4"
         found.append(("merge.outer_step_size", text))
