@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from conftest import TASKS
-from manyshot.rundir import read_json
+from manyshot.rundir import read_json, read_lines
 from manyshot.runner import run
 from manyshot.tensors import file_digest
 from run_helpers import (
@@ -85,11 +85,14 @@ def test_run_scores_json_holds_what_every_round_measured(runs: Runs) -> None:
 
 
 def test_run_seconds_are_those_of_the_phases_and_the_rest_is_overhead(runs: Runs) -> None:
-    seconds = runs.get(*MANY_SHOT).seconds
+    result = runs.get(*MANY_SHOT)
+    seconds = result.seconds
     work = seconds["local_update"] + seconds["validation"] + seconds["score"]
     assert 0 < work < seconds["wall"]
-    assert seconds["overhead"] == pytest.approx(seconds["wall"] - work)
-    assert seconds["overhead_share"] == pytest.approx(1 - work / seconds["wall"])
+    # phases are kept to a tenth of a millisecond, so neighbours may overlap by that much, which overhead counts once
+    rounding = 1e-4 * len(read_lines(result.folder / "metrics.jsonl"))
+    assert seconds["overhead"] == pytest.approx(seconds["wall"] - work, abs=rounding)
+    assert seconds["overhead_share"] == pytest.approx(1 - work / seconds["wall"], abs=rounding / seconds["wall"])
 
 
 def test_run_merged_folder_loads_in_plain_transformers_with_the_base_files(runs: Runs) -> None:
