@@ -49,7 +49,7 @@ def make(*overrides: str, **raw: Any) -> Recipe:
 
 def test_presets_hold_these_values() -> None:
     """The values themselves, once: what changes them means to."""
-    assert filled("operator") == {"gap": "relative", "temperature": 1.0, "weight_memory": 0.5, "mask": False}
+    assert filled("operator") == {"gap": "relative", "temperature": 0.5, "weight_memory": 0.5, "mask": False}
     assert filled("merge") == {
         **{"reference": "start", "outer_optimizer": "nesterov"},
         **{"outer_momentum": 0.7, "outer_look_ahead": "between_rounds"},

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 Json = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "recipes" / "study"
 STUDIES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-BETTER = ("better", "better_momentum", "better_screen", "better_stress")
+BETTER = ("better", "better_momentum", "better_rounds", "better_screen", "better_stress")
 
 
 def raw(name: str) -> Json:

@@ -53,8 +53,8 @@ PRESETS: dict[str, tuple[Fill, ...]] = {
         ),
         Fill(
             "operator",
-            {"temperature": 1.0},
-            "in the gaps' unit: a task that lacks all of its expert's gain has e times the weight of one that lacks "
+            {"temperature": 0.5},
+            "in the gaps' unit: a task that lacks half of its expert's gain has e times the weight of one that lacks "
             "nothing",
             beside={"gap": "relative"},
         ),
