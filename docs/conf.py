@@ -10,8 +10,8 @@ author = "the manyshot contributors"
 version = release = installed("manyshot")
 
 extensions = ["myst_parser"]
-# the study's tables are parts of its report
-exclude_patterns = ["generate*.py", "study/tables", "study/**/tables"]
+# a study's tables are parts of its report
+exclude_patterns = ["generate*.py", "**/tables"]
 highlight_language = "text"  # of blocks that name none: commands, formulas, trees
 myst_heading_anchors = 3
 myst_fence_as_directive: list[str] = []

@@ -67,9 +67,10 @@ def test_studies_say_how_many_steps_they_take(name: str, tmp_path: Path, monkeyp
 
 
 def test_the_finalists_are_asked_alike_and_the_default_is_one_of_them() -> None:
-    final, stressed = (raw(name)["methods"] for name in ("better", "better_stress"))
-    for name, method in stressed.items():
-        assert method | {"protocols": None} == final[name] | {"protocols": None}, name
+    final = raw("better")["methods"]
+    for study in ("better_stress", "better_rounds"):
+        for name, method in raw(study)["methods"].items():
+            assert method | {"protocols": None} == final[name] | {"protocols": None}, (study, name)
     assert {key: final["metis"][key] for key in ("operator", "merge")} == filled({"operator": "metis"})
     paper = {key: value for key, value in final["metis_paper"]["operator"].items() if key != "name"}
     assert Metis(**paper) == Metis()  # as it is declared; its grid has the paper's temperature
